@@ -1,0 +1,1 @@
+"""Numbers in, a verdict out: one condition a file, one chapter a folder. No torch."""

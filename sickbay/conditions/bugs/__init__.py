@@ -1,0 +1,1 @@
+"""Implementation bugs: the run goes on, its result is wrong."""

@@ -1,0 +1,1 @@
+"""The vocabulary everything else speaks: signals, readings, charts, conditions, diagnoses. No torch in here."""

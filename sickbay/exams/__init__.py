@@ -1,0 +1,1 @@
+"""Active questions put to a copy of the model: the answers are readings too."""
