@@ -1,0 +1,159 @@
+"""The live handles of a training run: models, optimizers, the last forward and its loss. Filled by probes, read by exams."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OWN_FOLDER = __file__.rsplit("/", 1)[0] + "/"
+_LIBRARY_MARKS = ("/site-packages/", "/dist-packages/", "/lib/python3", "<frozen ", "<string>", "/importlib/")
+
+
+@dataclass
+class ForwardCall:
+    """One call of an outermost module: enough to run it again exactly.
+
+    `args`, `kwargs`: references, not copies. `rng`: torch's CPU generator state before the call.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grad_enabled: bool
+    training: bool
+    rng: Tensor
+    source: str
+    autocast: tuple[str, torch.dtype] | None = None
+    finished: bool = False
+    output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+@dataclass
+class LossCall:
+    """One call of a loss function: `logits` as given, `targets` as given; `name` is the functional's name."""
+
+    name: str
+    logits: Tensor
+    targets: Tensor
+    ignore_index: int
+    reduction: str
+    value: Tensor
+    source: str
+    grad_enabled: bool
+    smoothing: float = 0.0
+
+
+class Patient:
+    """What is known about the run being watched; everything is held weakly or only until the next step.
+
+    `given`: the model and optimizers handed to `watch`, if any. `muted`: True while an exam runs, so that probes stay silent.
+    """
+
+    def __init__(self) -> None:
+        self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.calls: list[ForwardCall] = []
+        self.losses: list[LossCall] = []
+        self.muted = False
+        self.compiled = False
+        self.distributed = False
+        self.scale = 1.0
+        self.finished_backwards = 0
+
+    @property
+    def root(self) -> nn.Module | None:
+        """The outermost module of the newest training forward; otherwise the largest one seen."""
+        for call in reversed(self.calls):
+            if call.grad_enabled:
+                return call.module
+        return max(self.roots, key=lambda module: sum(p.numel() for p in module.parameters()), default=None)
+
+    def training_calls(self) -> list[ForwardCall]:
+        """The finished forwards with gradient since the last backward."""
+        return [call for call in self.calls if call.grad_enabled and call.finished]
+
+    def forget_step(self) -> None:
+        """Drop every reference to this step's tensors."""
+        self.calls.clear()
+        self.losses.clear()
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """`module` without DistributedDataParallel or torch.compile around it."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def user_line(skip: int = 1) -> str:
+    """`file:line` of the innermost frame of the user's own code; "" if there is none."""
+    frame = sys._getframe(skip)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if is_user_file(filename):
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+_user_files: dict[str, bool] = {}
+
+
+def is_user_file(filename: str) -> bool:
+    """True unless `filename` belongs to Python, an installed package or sickbay's own rooms (the reference and examples count as a user's)."""
+    known = _user_files.get(filename)
+    if known is None:
+        own = filename.startswith(_OWN_FOLDER) and not filename.startswith(_OWN_FOLDER + "reference/")
+        known = not own and not any(mark in filename for mark in _LIBRARY_MARKS)
+        _user_files[filename] = known
+    return known
+
+
+def stochastic_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The sub-modules whose train/eval mode changes the result: dropout with p > 0 and batch-norm."""
+    return [
+        (name, part)
+        for name, part in module.named_modules()
+        if (isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0)
+        or isinstance(part, nn.modules.batchnorm._BatchNorm)
+        or (isinstance(part, nn.MultiheadAttention) and part.dropout > 0)
+    ]
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The tensors inside nested tuples, lists, dicts and dataclass-like outputs, with a path each."""
+    if isinstance(value, Tensor):
+        yield "", value
+    elif depth < 4:
+        items: Any = ()
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, (list, tuple)):
+            items = enumerate(value)
+        elif hasattr(value, "__dataclass_fields__"):
+            items = [(name, getattr(value, name, None)) for name in value.__dataclass_fields__]
+        for key, item in items:
+            for path, tensor in tensors_in(item, depth + 1):
+                yield (f"{key}.{path}" if path else str(key)), tensor
+
+
+@contextlib.contextmanager
+def autocast_of(call: ForwardCall) -> Iterator[None]:
+    """Inside, autocast is as it was when `call` was made."""
+    if call.autocast is None:
+        yield
+    else:
+        device, dtype = call.autocast
+        with torch.autocast(device, dtype=dtype):
+            yield
