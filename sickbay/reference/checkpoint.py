@@ -1,0 +1,7 @@
+"""Checkpoints of the reference."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress: ...

@@ -1,0 +1,149 @@
+"""Text to token batches: a character tokenizer, tokens in a memory-mapped file, and batches known by their number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+TRAIN_SHARE = 0.9
+CHUNK = 1 << 20
+Tokens = npt.NDArray[Any]
+Batch = tuple[Tensor, Tensor]
+
+
+class CharTokenizer:
+    """One id per character, in the order of `characters`."""
+
+    def __init__(self, characters: str) -> None:
+        if len(set(characters)) != len(characters) or not characters:
+            raise ValueError(f"characters must be distinct and at least one; got {characters!r}")
+        self.characters = characters
+        self._id_of = {character: number for number, character in enumerate(characters)}
+
+    @classmethod
+    def of_text(cls, path: Path) -> CharTokenizer:
+        """The tokenizer of the UTF-8 file at `path`, its characters sorted. Raises OSError, UnicodeDecodeError, ValueError (empty)."""
+        seen: set[str] = set()
+        for chunk in read_chunks(path):
+            seen.update(chunk)
+        if not seen:
+            raise ValueError(f"{path} is empty")
+        return cls("".join(sorted(seen)))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> npt.NDArray[np.int64]:
+        """Ids `(len(text),)`. Raises ValueError naming the first character without an id."""
+        try:
+            return np.fromiter((self._id_of[character] for character in text), dtype=np.int64, count=len(text))
+        except KeyError as missing:
+            character = missing.args[0]
+            raise ValueError(f"{character!r} (character {text.index(character)}) is not among the tokenizer's {self.vocab_size}") from None
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of `ids`. Raises IndexError for an id beyond the vocabulary and ValueError for a negative one."""
+        numbers = [int(number) for number in ids]
+        if any(number < 0 for number in numbers):
+            raise ValueError(f"ids must not be negative; the least is {min(numbers)}")
+        return "".join(self.characters[number] for number in numbers)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"kind": "characters", "characters": self.characters}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> CharTokenizer:
+        return cls(json.loads(path.read_text(encoding="utf-8"))["characters"])
+
+
+def read_chunks(path: Path) -> Iterator[str]:
+    """The UTF-8 file's text in pieces, line ends as they stand, so that a file larger than memory can be read."""
+    with path.open(encoding="utf-8", newline="") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def write_tokens(text: Path, tokenizer: CharTokenizer, target: Path) -> None:
+    """The ids of `text` stand in `target`, little-endian uint16 (uint32 beyond 65,536 characters), renamed into place when complete."""
+    partial = target.with_name(target.name + ".partial")
+    with partial.open("wb") as file:
+        for chunk in read_chunks(text):
+            file.write(tokenizer.encode(chunk).astype(token_type(tokenizer.vocab_size)).tobytes())
+    partial.replace(target)
+
+
+def open_tokens(path: Path, vocab_size: int) -> Tokens:
+    """The ids of `path`, mapped, not read: pages are loaded as batches touch them."""
+    return np.memmap(path, dtype=token_type(vocab_size), mode="r")
+
+
+def token_type(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def split(tokens: Tokens, part: str, train_share: float = TRAIN_SHARE) -> Tokens:
+    """The first `train_share` of `tokens` for "train", the rest for any other part."""
+    cut = int(len(tokens) * train_share)
+    return tokens[:cut] if part == "train" else tokens[cut:]
+
+
+def demand_length(tokens: Tokens, context: int, part: str) -> None:
+    """Raises ValueError unless `tokens` hold one window of `context` inputs and their targets."""
+    if len(tokens) < context + 1:
+        raise ValueError(
+            f"the {part} split has {len(tokens)} tokens; context={context} needs at least {context + 1}: more text or a smaller context"
+        )
+
+
+def windows(tokens: Tokens, starts: npt.NDArray[np.int64], context: int) -> Batch:
+    """Inputs and next-token targets `(len(starts), context)` int64, one row from each start."""
+    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64))
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def random_batches(tokens: Tokens, context: int, batch_size: int, seed: int, first: int = 0) -> Iterator[Batch]:
+    """Endless batches of windows at random places. Batch n depends on `seed` and n alone, so a run resumes by its number."""
+    demand_length(tokens, context, "chosen")
+    number = first
+    while True:
+        starts = np.random.default_rng((seed, number)).integers(0, len(tokens) - context, size=batch_size)
+        yield windows(tokens, starts, context)
+        number += 1
+
+
+def spread_batches(tokens: Tokens, context: int, batch_size: int, most_rows: int | None = None) -> Iterator[Batch]:
+    """Windows that do not overlap, in order, each token at most once; at most `most_rows` of them, evenly spread over `tokens`."""
+    demand_length(tokens, context, "chosen")
+    starts = np.arange(0, len(tokens) - context, context)
+    if most_rows is not None and most_rows < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, most_rows).round().astype(np.int64)]
+    for begin in range(0, len(starts), batch_size):
+        yield windows(tokens, starts[begin : begin + batch_size], context)
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of the file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def shipped_text() -> Path:
+    """The path of the shipped Tiny Shakespeare. Raises FileNotFoundError where it was not installed."""
+    here = Path(__file__).resolve().parent
+    places = (here / "tinyshakespeare.txt", here.parents[1] / "examples" / "data" / "tinyshakespeare.txt")
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"tinyshakespeare.txt is neither at {places[0]} nor at {places[1]}")
