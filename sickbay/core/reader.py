@@ -1,0 +1,222 @@
+"""Reads a record into a Chart: from a run's folder, also while it is being written or after a kill, or from the writer itself."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import sqlite3
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sickbay.core.chart import Chart
+from sickbay.core.database import VERSION, connect, record_path
+from sickbay.core.errors import RecordError
+from sickbay.core.json_text import from_text
+from sickbay.core.packing import SCALAR, Row, unpack_extras, unpack_spans, unpack_tables
+from sickbay.core.reading import Reading
+from sickbay.core.record import RecordWriter
+from sickbay.core.signals import SIGNALS
+from sickbay.core.table import Table
+
+READ_SECONDS = 10.0  # how long a reader waits for the writer to let go of a file without WAL
+_NAME = re.compile(r"record-(\d+)\.sqlite")
+_COLUMNS = "first, last, seconds, scalars, tables, extras"
+_NO_NOTE: dict[str, Any] = {}
+
+
+def load_chart(folder: str | Path) -> Chart:
+    """The chart of a run's folder: rank 0's readings, and of other ranks what happened there (`note["rank"]`).
+
+    `facts["ranks"]` holds each rank's facts by rank, `facts["recording_stopped"]` when and why a rank's recording stopped, if one's did.
+    Raises RecordError naming the file and the way out if there is no readable record.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: no such folder; give the folder that `sickbay run` printed at its end")
+    ranks = sorted(int(found[1]) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name)))
+    stopped = {rank: _text(path) for path in folder.glob("record-*.stopped") if (rank := path.stem.partition("-")[2]).isdigit()}
+    if not ranks:
+        why = "; ".join(f"recording stopped at {reason}" for reason in stopped.values())
+        raise RecordError(f"{folder}: no record-<rank>.sqlite in it" + (f": {why}" if why else "; is it a run's folder?"))
+    charts = {rank: _load(record_path(folder, rank)) for rank in ranks}
+    main = charts.pop(ranks[0])
+    facts = {str(ranks[0]): dict(main.facts), **{str(rank): chart.facts for rank, chart in charts.items()}}
+    events = [
+        Reading(r.step, r.signal, r.value, r.where, {**r.note, "rank": rank}, r.source, r.seconds)
+        for rank, chart in charts.items()
+        for signal in chart.signals()
+        if SIGNALS[signal].event
+        for r in chart[signal]
+    ]
+    main.facts["ranks"] = facts
+    if stopped:
+        main.facts["recording_stopped"] = "; ".join(
+            text if len(facts) == 1 else f"rank {rank}, {text}" for rank, text in sorted(stopped.items())
+        )
+    return Chart(events, main.facts, main.unobserved, recorded=main._recorded)
+
+
+def chart_of(writer: RecordWriter) -> Chart:
+    """The chart of what `writer` has seen so far, read through its own connection; from its memory where it stopped recording."""
+    writer.flush()
+    recorded: Record | None = None
+    facts: dict[str, Any] = {}
+    unobserved: dict[str, str] = {}
+    with writer.lock:
+        if writer.connection is not None:
+            with contextlib.suppress(sqlite3.Error, ValueError):
+                recorded, facts, unobserved = _read(writer.connection)
+        facts.update(writer.memory.facts)
+        unobserved.update(writer.memory.unobserved)
+        if writer.stopped:
+            facts["recording_stopped"] = writer.stopped
+        return Chart(writer.memory.readings(), facts, unobserved, recorded=recorded)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as problem:
+        return f"an unknown step ({problem})"
+
+
+def _load(path: Path) -> Chart:
+    try:
+        recorded, facts, unobserved = _open(path)
+    except (sqlite3.Error, OSError, ValueError, KeyError, IndexError, TypeError) as problem:
+        raise RecordError(
+            f"{path}: the record cannot be read ({type(problem).__name__}: {problem}); "
+            "copy it together with its -wal file from where it was written, or run the script again"
+        ) from problem
+    return Chart((), facts, unobserved, recorded=recorded)
+
+
+def _open(path: Path) -> tuple[Record, dict[str, Any], dict[str, str]]:
+    connection = None
+    try:
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=READ_SECONDS, isolation_level=None)
+        return _read(connection)
+    except sqlite3.OperationalError as problem:
+        if "unable to open" not in str(problem) and "readonly" not in str(problem):
+            raise
+    finally:
+        if connection is not None:
+            connection.close()
+    # A folder that cannot be written cannot hold WAL's shared memory: read a copy.
+    with tempfile.TemporaryDirectory(prefix="sickbay-") as scratch:
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(f"{path}{suffix}", Path(scratch) / f"{path.name}{suffix}")
+        connection = connect(Path(scratch) / path.name)
+        try:
+            return _read(connection)
+        finally:
+            connection.close()
+
+
+def _read(connection: sqlite3.Connection) -> tuple[Record, dict[str, Any], dict[str, str]]:
+    connection.execute("BEGIN")  # one snapshot, however fast the writer is
+    try:
+        version = from_text(dict(connection.execute("SELECT key, value FROM meta"))["version"])
+        if version != VERSION:
+            raise ValueError(f"written in version {version} of the format; this sickbay reads version {VERSION}")
+        facts = {key: from_text(value) for key, value in connection.execute("SELECT key, value FROM facts")}
+        unobserved: dict[str, str] = dict(connection.execute("SELECT signal, reason FROM unobserved"))
+        return Record(connection), facts, unobserved
+    finally:
+        connection.execute("ROLLBACK")
+
+
+class Record:
+    """What one record holds, read at once and decoded only when asked for (a `Recorded`)."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._channels = [tuple(from_text(name)) for (name,) in connection.execute("SELECT name FROM channels ORDER BY id")]
+        rows = connection.execute("SELECT signal, places FROM layouts ORDER BY id")
+        self._layouts: list[tuple[str, tuple[str, ...]]] = [(signal, tuple(from_text(places))) for signal, places in rows]
+        self._widths = [len(places) for _, places in self._layouts]
+        self._merged = [Row(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM merged ORDER BY first, id")]
+        self._steps = [Row(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM steps ORDER BY id")]
+        self._events: dict[str, list[Reading]] = {}
+        columns = "step, signal, value, place, note, source, seconds"
+        for step, signal, value, where, note, source, seconds in connection.execute(f"SELECT {columns} FROM events ORDER BY ordinal"):
+            number = float("nan") if value is None else value  # SQLite has no NaN
+            self._events.setdefault(signal, []).append(
+                Reading(step, signal, number, where, from_text(note) if note else {}, source, seconds)
+            )
+        self._points = self._decode_points()
+        joined = b"".join([row.scalars for row in self._steps])
+        self._scalars = np.frombuffer(joined, SCALAR)
+        numbers = [len(row.scalars) // SCALAR.itemsize for row in self._steps]
+        self._scalar_steps = np.repeat(np.array([row.first for row in self._steps], np.int64), numbers)
+        self._scalar_seconds = np.repeat(np.array([row.seconds for row in self._steps], np.float64), numbers)
+
+    def signals(self) -> list[str]:
+        seen = [*self._events, *(signal for signal, _, _ in self._channels), *(signal for signal, _ in self._layouts)]
+        return list(dict.fromkeys(signal for signal in seen if signal in SIGNALS))
+
+    def last_step(self) -> int:
+        events = (reading.step for readings in self._events.values() for reading in readings)
+        return max(max(events, default=0), max((row.last for row in (*self._merged, *self._steps)), default=0))
+
+    def readings(self, signal: str) -> list[Reading]:
+        channels = [channel for channel, key in enumerate(self._channels) if key[0] == signal]
+        found = list(self._events.get(signal, ()))
+        for channel in channels:
+            found += self._points.get(channel, ())
+        at = np.flatnonzero(np.isin(self._scalars["channel"], channels)) if channels else np.zeros(0, np.int64)
+        picked = self._scalars[at]
+        for channel, value, step, seconds in zip(
+            picked["channel"].tolist(),
+            picked["value"].tolist(),
+            self._scalar_steps[at].tolist(),
+            self._scalar_seconds[at].tolist(),
+            strict=True,
+        ):
+            _, where, source = self._channels[channel]
+            found.append(Reading(step, signal, value, where, _NO_NOTE, source, seconds))
+        table = self.table(signal)
+        return found + (table.readings() if table is not None else [])
+
+    def table(self, signal: str) -> Table | None:
+        layouts = {id_: places for id_, (owner, places) in enumerate(self._layouts) if owner == signal}
+        if not layouts:
+            return None
+        places = tuple(dict.fromkeys(place for names in layouts.values() for place in names))
+        column = {place: index for index, place in enumerate(places)}
+        columns = {id_: np.array([column[place] for place in names], np.int64) for id_, names in layouts.items()}
+        parts = []
+        for merged, rows in ((True, self._merged), (False, self._steps)):
+            for row in rows:
+                for layout, part in unpack_tables(row.tables, self._widths, merged):
+                    if layout in columns:
+                        parts.append((row, columns[layout], part))
+        shape = (len(parts), len(places))
+        values, sums, counts = np.full(shape, np.nan, np.float32), np.zeros(shape), np.zeros(shape, np.uint32)
+        for index, (_, where, part) in enumerate(parts):
+            values[index, where], sums[index, where], counts[index, where] = part.largest, part.sum, part.count
+        firsts = np.array([row.first for row, _, _ in parts], np.int64)
+        steps = np.array([row.last for row, _, _ in parts], np.int64)
+        values[counts == 0] = np.nan
+        return Table(signal, places, firsts, steps, np.array([row.seconds for row, _, _ in parts]), values, sums, counts)
+
+    def _decode_points(self) -> dict[int, list[Reading]]:
+        points: dict[int, list[Reading]] = {}
+
+        def add(channel: int, step: int, value: float, note: Any, seconds: float) -> None:
+            signal, where, source = self._channels[channel]
+            points.setdefault(channel, []).append(Reading(step, signal, value, where, note or _NO_NOTE, source, seconds))
+
+        for row in self._merged:
+            for channel, span in unpack_spans(row).items():
+                for step, value, note in span.points():
+                    add(channel, step, value, note, row.seconds)
+        for row in self._steps:
+            if row.extras:
+                for channel, step, value, note in unpack_extras(row.extras):
+                    add(channel, step, value, note, row.seconds)
+        return points

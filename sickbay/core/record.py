@@ -1,0 +1,362 @@
+"""Writes what is observed, step by step, into one SQLite file per rank; never raises and never keeps training waiting.
+
+Everything up to the last `end_step` survives a kill of the process. When the disk or the file system refuses, recording stops,
+says when and why (`stopped`, `record-<rank>.stopped`), and goes on in memory within bounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sqlite3
+import struct
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sickbay.core import database
+from sickbay.core.bounds import Compactor, EventSlots
+from sickbay.core.json_text import from_text, to_text
+from sickbay.core.memory import Memory
+from sickbay.core.packing import SCALAR, Row, unpack_extras
+from sickbay.core.reading import Reading
+from sickbay.core.settings import MEGABYTE
+from sickbay.core.signals import SIGNALS
+
+MIN_BYTES = 256 * 1024
+MAX_CHANNELS = 20_000  # distinct (signal, where, source); beyond it places are told apart no more
+MAX_LAYOUTS = 2_000  # distinct sets of places; beyond it a table is stored reading by reading
+MAX_PENDING = 4_096  # readings of one step before they are written without waiting for its end
+MAX_BACKLOG = 1_000  # statements kept for later while a reader holds the file
+MAX_NOTE = 16_384  # characters of one note
+ROWS_SHARE = 0.6  # of max_bytes for the rows; the rest is for events, names, SQLite's pages and its log
+EVENTS_SHARE = 0.15
+
+_STEP = "INSERT INTO steps (first, last, seconds, scalars, tables, extras) VALUES (?, ?, ?, ?, ?, ?)"
+_EVENT = "INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+_UNOBSERVED = "INSERT OR REPLACE INTO unobserved VALUES (?, ?)"
+_CHANNEL = "INSERT OR REPLACE INTO channels VALUES (?, ?)"
+_LAYOUT = "INSERT OR REPLACE INTO layouts VALUES (?, ?, ?)"
+
+Statement = tuple[str, tuple[Any, ...]]
+
+
+class RecordWriter:
+    """The one writer of `folder/record-<rank>.sqlite`.
+
+    `step`: the optimizer step in progress, from 0. `started`: `time.monotonic()` at the start. `stopped`: empty, or "step N: reason".
+    Any thread may call; a forked child's calls do nothing. No method raises for what a disk, a file system or a value does.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0, max_bytes: int = 256 * MEGABYTE) -> None:
+        self.folder = Path(folder)
+        self.rank = rank
+        self.step = 0
+        self.started = time.monotonic()
+        self.stopped = ""
+        self.memory = Memory()
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # a signal handler may come back in while the lock is held
+        self._busy = False
+        self._closed = False
+        self._max_bytes = max(MIN_BYTES, max_bytes)
+        self._channels: dict[tuple[str, str, str], int] = {}
+        self._channel_keys: list[tuple[str, str, str]] = []
+        self._layout_ids: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._layouts: list[tuple[str, tuple[str, ...]]] = []
+        self._scalars: list[float] = []
+        self._extras: list[tuple[int, int, float, Any]] = []
+        self._tables: list[tuple[int, bytes]] = []
+        self._batch: list[Statement] = []
+        self._slots = EventSlots()
+        self._event_bytes = 0
+        self._unmeasured = 0
+        self._compactor = Compactor(int(self._max_bytes * ROWS_SHARE))
+        self.connection: sqlite3.Connection | None = None
+        try:
+            self.connection = database.create(self.folder, rank, self._max_bytes)
+            # Never closed by the garbage collector: a forked child that ends must not close its parent's database.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.connection))
+        except Exception as problem:
+            self._stop(problem)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while the connection is used."""
+        return self._lock
+
+    def read(
+        self,
+        signal: str,
+        value: float,
+        where: str = "",
+        note: Mapping[str, Any] | None = None,
+        source: str = "",
+        step: int | None = None,
+    ) -> None:
+        """One Reading of this step (or of `step`) will be in the record with the next `end_step` or `flush`."""
+        if self._closed or self._pid != os.getpid():
+            return
+        try:
+            number = float(value)
+            event = SIGNALS[signal].event
+            kept = _short(note) if note else None
+            with self._lock:
+                at = self.step if step is None else int(step)
+                if event:
+                    self._event(at, signal, number, where, kept, source)
+                    return
+                key = (signal, where, source)
+                channel = self._channels.get(key)
+                if channel is None:
+                    channel = self._channel(key)
+                if kept is None and step is None:
+                    self._scalars += (channel, number)
+                else:
+                    self._extras.append((channel, at, number, kept))
+                if len(self._scalars) > 2 * MAX_PENDING or len(self._extras) > MAX_PENDING:
+                    self._commit()
+        except Exception as problem:
+            self.unobserved(signal, f"its reading could not be kept: {type(problem).__name__}: {problem}")
+
+    def table(self, signal: str, places: tuple[str, ...], values: Any) -> None:
+        """One value per place (anything numpy takes, kept as float32) of this step will be in the record with the next `end_step`."""
+        if self._closed or self._pid != os.getpid():
+            return
+        try:
+            SIGNALS[signal]
+            with np.errstate(all="ignore"):
+                array = np.ascontiguousarray(values, dtype="<f4")
+            if array.shape != (len(places),):
+                raise ValueError(f"{len(places)} places but values of shape {array.shape}")
+            with self._lock:
+                if self.stopped:
+                    return
+                layout = self._layout_ids.get((signal, places))
+                if layout is None and len(self._layouts) >= MAX_LAYOUTS:
+                    for place, value in zip(places, array.tolist(), strict=True):
+                        self.read(signal, value, place)
+                    return
+                self._tables.append((self._layout(signal, places) if layout is None else layout, array.tobytes()))
+                if len(self._tables) > MAX_PENDING:
+                    self._commit()
+        except Exception as problem:
+            self.unobserved(signal, f"its table could not be kept: {type(problem).__name__}: {problem}")
+
+    def fact(self, key: str, value: Any) -> None:
+        """`facts[key]` will be `value` (as JSON gives it back); the last one wins."""
+        self._note_down(_FACT, key, value)
+
+    def unobserved(self, signal: str, reason: str) -> None:
+        """`signal` counts as not observed, because of `reason`, unless it has readings; the last reason wins."""
+        self._note_down(_UNOBSERVED, signal, str(reason))
+
+    def end_step(self) -> None:
+        """This step is in the record, to survive a kill of the process, and the next one has begun."""
+        if self._closed or self._pid != os.getpid():
+            return
+        with self._lock:
+            self._commit()
+            self.step += 1
+
+    def flush(self) -> None:
+        """What was read so far is in the record; the step goes on."""
+        if self._closed or self._pid != os.getpid():
+            return
+        with self._lock:
+            self._commit()
+
+    def close(self) -> None:
+        """Everything is in one tidy file and any further call does nothing."""
+        if self._closed or self._pid != os.getpid():
+            return
+        with self._lock:
+            self._commit()
+            self._closed = True
+            if self.connection is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    self.connection.execute("INSERT OR REPLACE INTO meta VALUES ('pid', '0')")
+                    self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    self.connection.execute("PRAGMA journal_mode=DELETE")  # refused while someone reads: then the log stays beside it
+                with contextlib.suppress(sqlite3.Error):
+                    self.connection.close()
+
+    def _note_down(self, statement: str, key: str, value: Any) -> None:
+        if self._closed or self._pid != os.getpid():
+            return
+        try:
+            text = to_text(value) if statement is _FACT else _ascii(value)
+            with self._lock:
+                if self.stopped:
+                    self._remember((statement, (str(key), text)))
+                else:
+                    self._batch.append((statement, (_ascii(str(key)), text)))
+        except Exception:  # a value that cannot even be turned into text says nothing
+            return
+
+    def _channel(self, key: tuple[str, str, str]) -> int:
+        if len(self._channel_keys) >= MAX_CHANNELS:
+            key = (key[0], "", "")
+            if key in self._channels:
+                return self._channels[key]
+        channel = self._channels[key] = len(self._channel_keys)
+        self._channel_keys.append(key)
+        self._batch.append((_CHANNEL, (channel, to_text(key))))
+        return channel
+
+    def _layout(self, signal: str, places: tuple[str, ...]) -> int:
+        key = (signal, places)
+        if key not in self._layout_ids:
+            self._layout_ids[key] = len(self._layouts)
+            self._layouts.append(key)
+            self._batch.append((_LAYOUT, (self._layout_ids[key], signal, to_text(places))))
+        return self._layout_ids[key]
+
+    def _event(self, step: int, signal: str, value: float, where: str, note: Any, source: str) -> None:
+        slot, number = self._slots.slot(signal, room=self._event_bytes < self._max_bytes * EVENTS_SHARE)
+        text = to_text(note) if note else ""
+        self._event_bytes += len(text) + len(where) + len(source) + 80
+        seconds = time.monotonic() - self.started
+        self._batch.append((_EVENT, (slot, number, step, signal, value, _ascii(where), text, _ascii(source), seconds)))
+
+    def _commit(self) -> None:
+        if self._busy:  # a signal handler came in while this was at work
+            return
+        self._busy = True
+        try:
+            size = self._pack()
+            if self.stopped:
+                self._remember_batch()
+            elif self._batch:
+                self._execute(size)
+        except Exception as problem:
+            if not _is_busy(problem) or len(self._batch) > MAX_BACKLOG:
+                self._stop(problem)
+        finally:
+            self._busy = False
+
+    def _pack(self) -> int:
+        if not (self._scalars or self._tables or self._extras):
+            return 0
+        scalars = struct.pack("<" + "Id" * (len(self._scalars) // 2), *self._scalars)
+        tables = b""
+        if self._tables:
+            number = len(self._tables)
+            tables = struct.pack(f"<{number + 1}I", number, *[layout for layout, _ in self._tables])
+            tables += b"".join([values for _, values in self._tables])
+        extras = to_text(self._extras) if self._extras else ""
+        self._scalars, self._tables, self._extras = [], [], []
+        self._batch.append((_STEP, (self.step, self.step, time.monotonic() - self.started, scalars, tables, extras)))
+        return len(scalars) + len(tables) + len(extras) + 40
+
+    def _execute(self, size: int) -> None:
+        connection = self.connection
+        assert connection is not None
+        over = self._compactor.bytes + size > self._compactor.budget
+        if len(self._batch) == 1 and not over:
+            connection.execute(*self._batch[0])
+        else:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                for statement in self._batch:
+                    connection.execute(*statement)
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+        for sql, values in self._batch:
+            if sql is _STEP:
+                self._compactor.added(sum(len(part) for part in values[3:]) + 40)
+        self._batch = []
+        self._unmeasured += size
+        if over:
+            self._shrink(connection)
+        if self._unmeasured > self._max_bytes // 64:
+            self._measure(connection)
+
+    def _shrink(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            possible = self._compactor.shrink(connection, self._layouts, self._layout)
+            connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        if not possible and self._pages(connection) > self._max_bytes:
+            raise OSError(f"the record has reached its limit of {self._max_bytes:,} bytes and its steps are too large to be merged further")
+
+    def _measure(self, connection: sqlite3.Connection) -> None:
+        """Gives the rows a smaller budget when the file grows faster than they do (half-empty pages, names, events)."""
+        self._unmeasured = 0
+        if self._pages(connection) > 0.8 * self._max_bytes and self._compactor.budget > self._max_bytes // 8:
+            self._compactor.budget = int(self._compactor.budget * 0.95)
+
+    def _pages(self, connection: sqlite3.Connection) -> int:
+        used = connection.execute("PRAGMA page_count").fetchone()[0] - connection.execute("PRAGMA freelist_count").fetchone()[0]
+        return int(used * connection.execute("PRAGMA page_size").fetchone()[0])
+
+    def _stop(self, problem: BaseException) -> None:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        self.stopped = f"step {self.step}: {reason}"
+        self._remember_batch()
+        with contextlib.suppress(Exception):
+            (self.folder / f"record-{self.rank}.stopped").write_text(self.stopped + "\n", encoding="utf-8")
+
+    def _remember_batch(self) -> None:
+        for statement in self._batch:
+            with contextlib.suppress(Exception):
+                self._remember(statement)
+        self._batch = []
+
+    def _remember(self, statement: Statement) -> None:
+        sql, values = statement
+        if sql is _FACT:
+            self.memory.facts[values[0]] = from_text(values[1])
+        elif sql is _UNOBSERVED:
+            self.memory.unobserved[values[0]] = values[1]
+        elif sql is _EVENT:
+            _, _, step, signal, value, where, note, source, seconds = values
+            self.memory.add(Reading(step, signal, value, where, from_text(note) if note else {}, source, seconds))
+        elif sql is _STEP:
+            row = Row(*values)
+            plain = [(channel, row.first, value, None) for channel, value in np.frombuffer(row.scalars, SCALAR).tolist()]
+            for channel, step, value, note in (*plain, *unpack_extras(row.extras)):
+                signal, where, source = self._channel_keys[channel]
+                self.memory.add(Reading(step, signal, value, where, note or {}, source, row.seconds))
+
+
+def _short(note: Mapping[str, Any]) -> Any:
+    """`note` as the record gives it back; long lists and texts in it cut until it has at most MAX_NOTE characters."""
+    text = to_text(note)
+    kept, limit = from_text(text), 1_024
+    while len(text) > MAX_NOTE and limit:
+        kept = _cut(kept, limit)
+        text, limit = to_text(kept), limit // 2
+    return kept
+
+
+def _cut(value: Any, limit: int) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= 4 * limit else value[: 4 * limit] + "…"
+    if isinstance(value, list):
+        return [_cut(item, limit) for item in value[:limit]]
+    if isinstance(value, dict):
+        return {key: _cut(item, limit) for key, item in list(value.items())[: max(limit, 32)]}
+    return value
+
+
+def _ascii(text: str) -> str:
+    """`text` without what SQLite cannot hold: lone surrogates of undecodable file names."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _is_busy(problem: BaseException) -> bool:
+    return isinstance(problem, sqlite3.OperationalError) and ("locked" in str(problem) or "busy" in str(problem))
