@@ -1,0 +1,74 @@
+"""Backward runs again and again, and the weights never change, because optimizer.step() is not called.
+
+Looks like
+    The loss is flat up to the noise of the batches; gradients look healthy; checkpoints are all alike.
+
+Why
+    optimizer.step() is missing, is indented out of the loop, is behind an accumulation condition that is never true, or scheduler.step()
+    stands where optimizer.step() was meant.
+
+Tell apart
+    Gradient accumulation over many micro-batches steps in the end. A GradScaler that skips every step is the scaler's collapse. A step
+    over other tensors than the model's is optimizer-missing-parameters. A learning rate of 0 steps, to no effect.
+
+Cure
+    Call optimizer.step() after backward (after every k-th when accumulating), and once more for an incomplete last cycle.
+
+Sources
+    PyTorch documentation, "Optimizing Model Parameters" and `torch.optim` ("Taking an optimization step").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sickbay.core.chart import Chart
+from sickbay.core.condition import Condition
+from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
+
+RUNNING = Threshold(
+    8, "backward calls", source="longer than common accumulation cycles (1 to 8); a longer cycle ends in a step, which clears this"
+)
+ENDED = Threshold(2, "backward calls", source="at the end of a run no step can follow; one backward alone is a check of gradients")
+
+
+def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
+    """Backward calls, with an optimizer at hand, that no step ever followed."""
+    waiting = [r for r in chart["backwards_without_step"].finite() if float(r.note.get("optimizers") or 0) >= 1]
+    if not waiting or len(chart["backwards_since_step"]):
+        return None
+    last = waiting[-1]
+    if float(last.note.get("scaler_skips") or 0) > 0:
+        return None
+    ended = chart.facts.get("ended") is not None
+    if last.value < ENDED or (last.value <= RUNNING and not ended):
+        return NotExamined(f"{last.value:.0f} backward calls so far and no step: it may still come")
+    return Diagnosis(
+        summary=f"{last.value:.0f} backward calls and not one optimizer step: the weights are those the run began with.",
+        evidence=(Evidence(last, float(ENDED if ended else RUNNING)),),
+        severity="critical",
+        step=waiting[0].step,
+        where=last.where,
+        source=last.source,
+        seconds=last.seconds,
+    )
+
+
+def inject(case: Any) -> Any:
+    """The update clips and zeroes the gradients, and does not step."""
+
+    def update_without_step(case: Any, model: Any, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=True)
+
+    return case.but(update=update_without_step)
+
+
+condition = Condition(
+    id="optimizer-not-stepped",
+    symptom="backward runs and the weights never change: optimizer.step() is not called",
+    needs=("backwards_without_step",),
+    uses=("backwards_since_step",),
+    diagnose=diagnose,
+    prescribes=("call-step",),
+    inject=inject,
+)
