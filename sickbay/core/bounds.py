@@ -59,7 +59,22 @@ class Compactor:
         self._full_rows += 1
 
     def shrink(self, connection: sqlite3.Connection, layouts: Sequence[tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]) -> bool:
-        """Merges a few times if needed; False if the rows are over the budget and nothing more can be merged. Inside a transaction."""
+        """Merges a few times if needed, as one transaction; False if the rows are over the budget and no more can be merged."""
+        before = (self._full_bytes, self._full_rows, dict(self._level_bytes), dict(self._level_rows))
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            possible = self._merge_some(connection, layouts, layout_of)
+            connection.execute("COMMIT")
+        except BaseException:
+            self._full_bytes, self._full_rows, self._level_bytes, self._level_rows = before
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return possible
+
+    def _merge_some(
+        self, connection: sqlite3.Connection, layouts: Sequence[tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]
+    ) -> bool:
         for _ in range(MERGES_PER_STEP):
             if self.bytes <= self.budget:
                 return True
@@ -88,6 +103,7 @@ class Compactor:
             where = f"WHERE id >= {level * _LEVEL} AND id < {(level + 1) * _LEVEL}"
             found = connection.execute(f"SELECT id, {_COLUMNS} FROM merged {where} ORDER BY id LIMIT 2").fetchall()
         rows = [Row(*fields[1:]) for fields in found]
+        assert len(rows) >= 2, "the counts of rows follow the record"
         new = merge(rows, level > 0, layouts, layout_of)
         table = "merged" if level else "steps"
         connection.execute(f"DELETE FROM {table} WHERE id >= ? AND id <= ?", (found[0][0], found[-1][0]))

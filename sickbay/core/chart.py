@@ -106,12 +106,12 @@ class Chart:
         self._series: dict[str, Series] = {}
         for reading in readings:
             self._given.setdefault(reading.signal, []).append(reading)
+        self._last_given = max((reading.step for rows in self._given.values() for reading in rows), default=0)
 
     @property
     def last_step(self) -> int:
         """The newest optimizer step with any reading; 0 for an empty chart."""
-        given = max((reading.step for rows in self._given.values() for reading in rows), default=0)
-        return max(given, self._recorded.last_step() if self._recorded else 0)
+        return max(self._last_given, self._recorded.last_step() if self._recorded else 0)
 
     def __getitem__(self, signal: str) -> Series:
         self._check(signal)
@@ -134,7 +134,7 @@ class Chart:
     def only(self, signals: Iterable[str]) -> Chart:
         """The same chart, able to answer for `signals` alone; any other raises."""
         view = Chart(facts=self.facts, unobserved=self.unobserved, allowed=frozenset(signals), recorded=self._recorded)
-        view._given, view._series = self._given, self._series
+        view._given, view._series, view._last_given = self._given, self._series, self._last_given
         return view
 
     def why_unobserved(self, signal: str) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sickbay.core.chart import Chart
 from sickbay.core.database import VERSION, connect, record_path
@@ -20,11 +21,12 @@ from sickbay.core.packing import SCALAR, Row, unpack_extras, unpack_spans, unpac
 from sickbay.core.reading import Reading
 from sickbay.core.record import RecordWriter
 from sickbay.core.signals import SIGNALS
-from sickbay.core.table import Table
+from sickbay.core.table import MAX_READINGS, NEWEST_IN_FULL, Table
 
 READ_SECONDS = 10.0  # how long a reader waits for the writer to let go of a file without WAL
 _NAME = re.compile(r"record-(\d+)\.sqlite")
 _COLUMNS = "first, last, seconds, scalars, tables, extras"
+MAX_CELLS = 4_000_000  # of a table in memory: 64 MB
 _NO_NOTE: dict[str, Any] = {}
 
 
@@ -61,7 +63,12 @@ def load_chart(folder: str | Path) -> Chart:
 
 
 def chart_of(writer: RecordWriter) -> Chart:
-    """The chart of what `writer` has seen so far, read through its own connection; from its memory where it stopped recording."""
+    """The chart of what `writer` has seen so far, read through its own connection; from its memory where it stopped recording.
+
+    Raises RecordError in a process forked from the writer's.
+    """
+    if not writer.here:
+        raise RecordError(f"{writer.folder}: this process was forked from the one that records; only that one can read its own record")
     writer.flush()
     recorded: Record | None = None
     facts: dict[str, Any] = {}
@@ -151,6 +158,9 @@ class Record:
         self._points = self._decode_points()
         joined = b"".join([row.scalars for row in self._steps])
         self._scalars = np.frombuffer(joined, SCALAR)
+        events = (reading.step for readings in self._events.values() for reading in readings)
+        points = (reading.step for readings in self._points.values() for reading in readings)
+        self._last_step = max(0, *events, *points, *(row.last for row in (*self._merged, *self._steps)))
         numbers = [len(row.scalars) // SCALAR.itemsize for row in self._steps]
         self._scalar_steps = np.repeat(np.array([row.first for row in self._steps], np.int64), numbers)
         self._scalar_seconds = np.repeat(np.array([row.seconds for row in self._steps], np.float64), numbers)
@@ -160,25 +170,19 @@ class Record:
         return list(dict.fromkeys(signal for signal in seen if signal in SIGNALS))
 
     def last_step(self) -> int:
-        events = (reading.step for readings in self._events.values() for reading in readings)
-        return max(max(events, default=0), max((row.last for row in (*self._merged, *self._steps)), default=0))
+        return self._last_step
 
     def readings(self, signal: str) -> list[Reading]:
         channels = [channel for channel, key in enumerate(self._channels) if key[0] == signal]
         found = list(self._events.get(signal, ()))
         for channel in channels:
             found += self._points.get(channel, ())
-        at = np.flatnonzero(np.isin(self._scalars["channel"], channels)) if channels else np.zeros(0, np.int64)
-        picked = self._scalars[at]
-        for channel, value, step, seconds in zip(
-            picked["channel"].tolist(),
-            picked["value"].tolist(),
-            self._scalar_steps[at].tolist(),
-            self._scalar_seconds[at].tolist(),
-            strict=True,
-        ):
+            at = np.flatnonzero(self._scalars["channel"] == channel)
+            at = at[_outstanding(self._scalars["value"][at], MAX_READINGS // len(channels))]
             _, where, source = self._channels[channel]
-            found.append(Reading(step, signal, value, where, _NO_NOTE, source, seconds))
+            columns = (self._scalar_steps[at], self._scalars["value"][at], self._scalar_seconds[at])
+            for step, value, seconds in zip(*(column.tolist() for column in columns), strict=True):
+                found.append(Reading(step, signal, value, where, _NO_NOTE, source, seconds))
         table = self.table(signal)
         return found + (table.readings() if table is not None else [])
 
@@ -189,20 +193,24 @@ class Record:
         places = tuple(dict.fromkeys(place for names in layouts.values() for place in names))
         column = {place: index for index, place in enumerate(places)}
         columns = {id_: np.array([column[place] for place in names], np.int64) for id_, names in layouts.items()}
-        parts = []
-        for merged, rows in ((True, self._merged), (False, self._steps)):
-            for row in rows:
+        rows = [(row, merged) for merged, group in ((True, self._merged), (False, self._steps)) for row in group if row.tables]
+        line = _lines(len(rows), max(2 * NEWEST_IN_FULL, MAX_CELLS // len(places)))
+        shape = (int(line[-1]) + 1 if len(rows) else 0, len(places))
+        values, sums, counts = np.full(shape, -np.inf, np.float32), np.zeros(shape), np.zeros(shape, np.uint32)
+        firsts, steps, seconds = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64), np.zeros(shape[0])
+        with np.errstate(all="ignore"):
+            for (row, merged), at in zip(reversed(rows), reversed(line.tolist()), strict=True):
+                firsts[at] = row.first
+                steps[at], seconds[at] = max(steps[at], row.last), max(seconds[at], row.seconds)
                 for layout, part in unpack_tables(row.tables, self._widths, merged):
                     if layout in columns:
-                        parts.append((row, columns[layout], part))
-        shape = (len(parts), len(places))
-        values, sums, counts = np.full(shape, np.nan, np.float32), np.zeros(shape), np.zeros(shape, np.uint32)
-        for index, (_, where, part) in enumerate(parts):
-            values[index, where], sums[index, where], counts[index, where] = part.largest, part.sum, part.count
-        firsts = np.array([row.first for row, _, _ in parts], np.int64)
-        steps = np.array([row.last for row, _, _ in parts], np.int64)
+                        cells = at, columns[layout]
+                        values[cells] = np.maximum(values[cells], part.largest)
+                        sums[cells] += part.sum
+                        counts[cells] += part.count
         values[counts == 0] = np.nan
-        return Table(signal, places, firsts, steps, np.array([row.seconds for row, _, _ in parts]), values, sums, counts)
+        kept = counts.any(axis=1)
+        return Table(signal, places, firsts[kept], steps[kept], seconds[kept], values[kept], sums[kept], counts[kept])
 
     def _decode_points(self) -> dict[int, list[Reading]]:
         points: dict[int, list[Reading]] = {}
@@ -220,3 +228,25 @@ class Record:
                 for channel, step, value, note in unpack_extras(row.extras):
                     add(channel, step, value, note, row.seconds)
         return points
+
+
+def _lines(rows: int, most: int) -> NDArray[np.int64]:
+    """`(rows,)`: the line of a table each row goes to; the newest have their own, older ones share when there would be more than `most`."""
+    if rows <= most:
+        return np.arange(rows)
+    old = rows - NEWEST_IN_FULL
+    shared = np.arange(old) * (most - NEWEST_IN_FULL) // old
+    return np.concatenate([shared, most - NEWEST_IN_FULL + np.arange(NEWEST_IN_FULL)])
+
+
+def _outstanding(values: NDArray[np.float64], most: int) -> NDArray[np.int64]:
+    """Indices into `values`: all, or about `most` of them: the newest, and of each stretch of older ones first, largest, least and last."""
+    if len(values) <= most:
+        return np.arange(len(values))
+    newest = min(NEWEST_IN_FULL, most // 2)
+    width = -(-(len(values) - newest) * 4 // max(4, most - newest))
+    old = (len(values) - newest) // width * width
+    ranked = np.where(np.isnan(values[:old]), np.inf, values[:old]).reshape(-1, width)
+    starts = np.arange(0, old, width)
+    kept = (starts, starts + ranked.argmax(1), starts + ranked.argmin(1), starts + width - 1, np.arange(old, len(values)))
+    return np.unique(np.concatenate(kept))

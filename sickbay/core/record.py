@@ -34,6 +34,7 @@ MAX_LAYOUTS = 2_000  # distinct sets of places; beyond it a table is stored read
 MAX_PENDING = 4_096  # readings of one step before they are written without waiting for its end
 MAX_BACKLOG = 1_000  # statements kept for later while a reader holds the file
 MAX_NOTE = 16_384  # characters of one note
+CLOSING_TRIES = 40  # to write the last steps while a reader holds the file, BUSY_SECONDS each
 ROWS_SHARE = 0.6  # of max_bytes for the rows; the rest is for events, names, SQLite's pages and its log
 EVENTS_SHARE = 0.15
 
@@ -90,6 +91,11 @@ class RecordWriter:
     def lock(self) -> threading.RLock:
         """Held while the connection is used."""
         return self._lock
+
+    @property
+    def here(self) -> bool:
+        """True in the process that made the writer, False in one forked from it."""
+        return self._pid == os.getpid()
 
     def read(
         self,
@@ -178,6 +184,10 @@ class RecordWriter:
             return
         with self._lock:
             self._commit()
+            for _ in range(CLOSING_TRIES):
+                if not self._batch:
+                    break
+                self._commit()
             self._closed = True
             if self.connection is not None:
                 with contextlib.suppress(sqlite3.Error):
@@ -258,48 +268,49 @@ class RecordWriter:
     def _execute(self, size: int) -> None:
         connection = self.connection
         assert connection is not None
-        over = self._compactor.bytes + size > self._compactor.budget
-        if len(self._batch) == 1 and not over:
-            connection.execute(*self._batch[0])
-        else:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
+        changes = connection.total_changes
+        try:
+            if len(self._batch) == 1:
+                connection.execute(*self._batch[0])
+            else:
+                connection.execute("BEGIN IMMEDIATE")
                 for statement in self._batch:
                     connection.execute(*statement)
                 connection.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    connection.execute("ROLLBACK")
-                raise
+        except BaseException as problem:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            elif not isinstance(problem, sqlite3.Error) and connection.total_changes > changes:
+                self._written(size)  # interrupted just after the commit: nothing may be written twice
+            raise
+        self._written(size)
+        if self._compactor.bytes > self._compactor.budget:
+            possible = self._compactor.shrink(connection, self._layouts, self._union_layout)
+            if not possible and self._used_bytes(connection) > self._max_bytes:
+                raise OSError(f"the record has reached its limit of {self._max_bytes:,} bytes and its steps cannot be merged further")
+        if self._unmeasured > self._max_bytes // 64:
+            self._measure(connection)
+
+    def _written(self, size: int) -> None:
         for sql, values in self._batch:
             if sql is _STEP:
                 self._compactor.added(sum(len(part) for part in values[3:]) + 40)
         self._batch = []
         self._unmeasured += size
-        if over:
-            self._shrink(connection)
-        if self._unmeasured > self._max_bytes // 64:
-            self._measure(connection)
 
-    def _shrink(self, connection: sqlite3.Connection) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            possible = self._compactor.shrink(connection, self._layouts, self._layout)
-            connection.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
-            raise
-        if not possible and self._pages(connection) > self._max_bytes:
-            raise OSError(f"the record has reached its limit of {self._max_bytes:,} bytes and its steps are too large to be merged further")
+    def _union_layout(self, signal: str, places: tuple[str, ...]) -> int:
+        layout = self._layout(signal, places)
+        if self.connection is not None:  # in the same transaction as the merged row that names it
+            self.connection.execute(_LAYOUT, (layout, signal, to_text(places)))
+        return layout
 
     def _measure(self, connection: sqlite3.Connection) -> None:
         """Gives the rows a smaller budget when the file grows faster than they do (half-empty pages, names, events)."""
         self._unmeasured = 0
-        if self._pages(connection) > 0.8 * self._max_bytes and self._compactor.budget > self._max_bytes // 8:
+        if self._used_bytes(connection) > 0.8 * self._max_bytes and self._compactor.budget > self._max_bytes // 8:
             self._compactor.budget = int(self._compactor.budget * 0.95)
 
-    def _pages(self, connection: sqlite3.Connection) -> int:
+    def _used_bytes(self, connection: sqlite3.Connection) -> int:
         used = connection.execute("PRAGMA page_count").fetchone()[0] - connection.execute("PRAGMA freelist_count").fetchone()[0]
         return int(used * connection.execute("PRAGMA page_size").fetchone()[0])
 
