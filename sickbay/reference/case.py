@@ -65,7 +65,7 @@ def _loss(case: Case, model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
 
 
 def _backward(case: Case, loss: Tensor) -> None:
-    (loss / case.accumulation).backward()  # type: ignore[no-untyped-call]
+    train.backward(loss, 1 / case.accumulation)
 
 
 def _update(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-TRAIN_SHARE = 0.9
+TRAIN_TENTHS = 9
 CHUNK = 1 << 20
 Tokens = npt.NDArray[Any]
 Batch = tuple[Tensor, Tensor]
@@ -90,9 +91,9 @@ def token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def split(tokens: Tokens, part: str, train_share: float = TRAIN_SHARE) -> Tokens:
-    """The first `train_share` of `tokens` for "train", the rest for any other part."""
-    cut = int(len(tokens) * train_share)
+def split(tokens: Tokens, part: str) -> Tokens:
+    """The first nine tenths of `tokens` for "train", the rest for any other part."""
+    cut = len(tokens) * TRAIN_TENTHS // 10
     return tokens[:cut] if part == "train" else tokens[cut:]
 
 
@@ -102,6 +103,13 @@ def demand_length(tokens: Tokens, context: int, part: str) -> None:
         raise ValueError(
             f"the {part} split has {len(tokens)} tokens; context={context} needs at least {context + 1}: more text or a smaller context"
         )
+
+
+def demand_size(text: Path, context: int) -> None:
+    """Raises ValueError where the file has too few bytes for the smaller split to hold one window, whatever its characters."""
+    size, least = text.stat().st_size, 10 * context // (10 - TRAIN_TENTHS) + 1
+    if size < least:
+        raise ValueError(f"{text} has {size:,} bytes; context={context} needs at least {least:,}: more text or a smaller context")
 
 
 def windows(tokens: Tokens, starts: npt.NDArray[np.int64], context: int) -> Batch:
@@ -128,6 +136,28 @@ def spread_batches(tokens: Tokens, context: int, batch_size: int, most_rows: int
         starts = starts[np.linspace(0, len(starts) - 1, most_rows).round().astype(np.int64)]
     for begin in range(0, len(starts), batch_size):
         yield windows(tokens, starts[begin : begin + batch_size], context)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as tokens on disk. `source`: sha256 of the text; `bytes_per_token`: mean UTF-8 bytes of one token."""
+
+    tokenizer: CharTokenizer
+    tokens: Tokens
+    source: str
+    bytes_per_token: float
+
+
+def prepare(text: Path, folder: Path, tokenizer: CharTokenizer | None = None) -> Corpus:
+    """`folder` holds tokens.bin, the ids of `text`, memory-mapped in the result. Raises OSError, UnicodeDecodeError, ValueError.
+
+    `tokenizer`: None = one made of the text's own characters.
+    """
+    tokenizer = tokenizer or CharTokenizer.of_text(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokens(text, tokenizer, folder / "tokens.bin")
+    tokens = open_tokens(folder / "tokens.bin", tokenizer.vocab_size)
+    return Corpus(tokenizer, tokens, fingerprint(text), text.stat().st_size / len(tokens))
 
 
 def fingerprint(path: Path) -> str:

@@ -152,10 +152,11 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, visible_B1TT: Tensor | None, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         if self.pre:
             x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), visible_B1TT, rotation))
-            return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, visible_B1TT, rotation)))
-        out_BTD: Tensor = self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
-        return out_BTD
+            x_BTD = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        else:
+            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, visible_B1TT, rotation)))
+            x_BTD = self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
+        return x_BTD
 
 
 class Transformer(nn.Module):
