@@ -93,7 +93,9 @@ def drawing(grid: Grid, marks: Sequence[tuple[int, str, str]]) -> Drawing:
             if level:
                 x, width = LABEL_WIDTH + start * cell, (column - start) * cell
                 shapes.setdefault(level, []).append(f"M{x:.1f} {TOP + row * ROW_HEIGHT}h{width:.1f}v{ROW_HEIGHT - 1}h-{width:.1f}z")
-    labels = [(TOP + row * ROW_HEIGHT + ROW_HEIGHT * 0.7, _tail(name), name) for row, name in enumerate(map(one_line, grid.rows))]
+    labels = [
+        (TOP + row * ROW_HEIGHT + ROW_HEIGHT * 0.7, shorten(name, LABEL_LENGTH), name) for row, name in enumerate(map(one_line, grid.rows))
+    ]
     every = max(1, math.ceil(count / 8))
     ticks = [(LABEL_WIDTH + (column + 0.5) * cell, f"{grid.columns[column][0]:,}") for column in range(0, count, every)]
     title = {"param_grad_norm": "Gradient norm", "update_ratio": "Update ratio"}.get(grid.signal, grid.signal)
@@ -172,11 +174,8 @@ def _levels(values: Floats) -> tuple[list[list[str]], float, float]:
 
 
 def _column(grid: Grid, step: int) -> int:
-    return next((index for index, (_, last) in enumerate(grid.columns) if step <= last), len(grid.columns) - 1)
-
-
-def _tail(name: str) -> str:
-    return shorten(name, LABEL_LENGTH)
+    """The last column that begins at or before `step`."""
+    return max(0, sum(first <= step for first, _ in grid.columns) - 1)
 
 
 def _shown(value: float) -> float | str | None:

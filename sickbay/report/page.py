@@ -21,10 +21,11 @@ from sickbay.core.diagnosis import Checkup, Diagnosis, Evidence, number
 from sickbay.core.signals import SIGNALS
 from sickbay.report import curves, heatmap, record
 from sickbay.report.colours import theme_css
-from sickbay.report.prose import Block, blocks
-from sickbay.report.words import CHAPTER_TITLES, by_reason, duration, ended, one_line, problem_texts, verdict_line
+from sickbay.report.prose import blocks
+from sickbay.report.words import CHAPTER_TITLES, by_reason, duration, ended, one_line, problem_texts, shorten, verdict_line
 
 SAFETY = {"safe": "same mathematics", "changes-training": "changes the training's numbers from here on", "advice": "needs your hand"}
+LONGEST_PATH = 240
 MAPPED = ("param_grad_norm", "update_ratio")
 
 
@@ -86,14 +87,14 @@ def _finding(rank: int, diagnosis: Diagnosis) -> dict[str, Any]:
         "certainty": diagnosis.certainty,
         "step": f"{diagnosis.step:,}",
         "seconds": duration(diagnosis.seconds) if diagnosis.seconds else "",
-        "where": one_line(diagnosis.where),
-        "source": one_line(diagnosis.source),
+        "where": _path(diagnosis.where),
+        "source": _path(diagnosis.source),
         "summary": one_line(diagnosis.summary),
         "evidence": [_evidence(evidence) for evidence in diagnosis.evidence],
         "explains": diagnosis.explains,
         "treatment": treatment,
         "safety": SAFETY.get(treatment.safety, "") if treatment else "",
-        "doc": _doc(condition.doc) if condition else [],
+        "doc": blocks(condition.doc) if condition else [],
     }
 
 
@@ -107,8 +108,8 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
         "limit_source": one_line(getattr(evidence.limit, "source", "")),
         "unit": getattr(evidence.limit, "unit", "") or evidence.unit,
         "step": f"{reading.step:,}",
-        "where": one_line(reading.where),
-        "source": one_line(reading.source),
+        "where": _path(reading.where),
+        "source": _path(reading.source),
     }
 
 
@@ -130,8 +131,8 @@ def _facts(chart: Chart) -> list[tuple[str, str]]:
 
 
 def _command(chart: Chart) -> str:
-    script, argv = chart.facts.get("script"), chart.facts.get("argv") or []
-    return one_line(shlex.join([str(script), *map(str, argv)])) if script else ""
+    script = chart.facts.get("script")
+    return one_line(f"{script} {shlex.join(map(str, chart.facts.get('argv') or []))}") if script else ""
 
 
 def _exception(chart: Chart) -> dict[str, str]:
@@ -156,8 +157,8 @@ def _by_chapter(ids: Sequence[str]) -> list[tuple[str, list[str]]]:
     return [(CHAPTER_TITLES.get(chapter, "Others"), members) for chapter, members in chapters.items() if members]
 
 
-def _doc(doc: str) -> list[Block]:
-    return blocks(doc)
+def _path(value: str) -> str:
+    return shorten(one_line(value), LONGEST_PATH)
 
 
 def _embeddable(data: Any) -> str:

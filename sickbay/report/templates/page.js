@@ -81,7 +81,7 @@
         series: [
           { label: "step", value: (u, v, s, i) => shown(u, s, i).toLocaleString("en") },
           ...chart.lines.map((line, i) => ({
-            label: line.label, stroke: inks[i], width: 1.5, dash: line.dashed ? [5, 4] : undefined, spanGaps: chart.lines.length > 1,
+            label: line.label, stroke: inks[i], width: 1.5, dash: line.dashed ? [5, 4] : undefined, spanGaps: chart.lines.length > 1, pxAlign: false,
             points: { show: line.values.filter((v) => v != null).length < 40, size: 4 }, value: (u, v, s, i) => tell(shown(u, s, i)),
           })),
         ],
