@@ -19,6 +19,7 @@ from sickbay.report.words import by_reason, duration, ended, one_line, problem_t
 MAX_LINES = 40
 PLAIN_WIDTH = 100
 MIN_WIDTH = 24
+LONGEST_NAME = 80
 SEVERITY_STYLE = {"critical": "bold red", "warning": "bold yellow", "note": "bold blue"}
 VERDICT_STYLE = {"sick": "bold red", "healthy": "bold green", "unexamined": "bold yellow"}
 # What terminals without UTF-8 cannot show, said in ASCII; any other such character is shown as its escape.
@@ -61,19 +62,22 @@ def card(chart: Chart, checkup: Checkup, page: str = "", width: int = PLAIN_WIDT
     The first finding is always there; those that do not fit are named on one line.
     """
     width = max(width, MIN_WIDTH)
+    few = max_lines is not None
+    blocks = [_finding(rank, diagnosis, width, few) for rank, diagnosis in enumerate(checkup.diagnoses, 1)]
     head = [*_wrap(_headline(chart), width), *_wrap(_verdict(checkup), width)]
-    foot = _foot(chart, checkup, page, width, few=max_lines is not None)
-    blocks = [_finding(rank, diagnosis, width, few=max_lines is not None) for rank, diagnosis in enumerate(checkup.diagnoses, 1)]
+    foot = _foot(chart, checkup, width, few)
+    path = _wrap(_text(("report ", "dim"), (one_line(page), "underline")), width, indent=2) if page else []
     if max_lines is None:
-        return [*head, *(line for block in blocks for line in block), *foot]
-    room = max(0, max_lines - len(head) - len(foot))
+        return [*head, *(line for block in blocks for line in block), *foot, *path]
+    foot = [*foot[: max_lines // 3], *path]
+    room = max_lines - len(head) - len(foot)
     for shown in range(len(blocks), 0, -1):
         lines = [*(line for block in blocks[:shown] for line in block), *_left_out(checkup.diagnoses[shown:], width)]
         if len(lines) <= room:
             return [*head, *lines, *foot]
     rest = _left_out(checkup.diagnoses[1:], width)
     first = blocks[0][: max(0, room - len(rest))] if blocks else []
-    return [*head, *first, *rest, *foot][:max_lines]
+    return [*head, *first, *rest, *foot][-max_lines:]
 
 
 def _left_out(diagnoses: Sequence[Diagnosis], width: int) -> list[Text]:
@@ -84,17 +88,13 @@ def _left_out(diagnoses: Sequence[Diagnosis], width: int) -> list[Text]:
 
 def _headline(chart: Chart) -> Text:
     facts = chart.facts
+    script = shorten(one_line(facts.get("script") or ""), LONGEST_NAME)
     steps = facts.get("steps", chart.last_step)
-    parts = [f"{steps} optimizer step{'' if steps == 1 else 's'}"]
+    what = f"{steps} optimizer step{'' if steps == 1 else 's'}"
     if isinstance(facts.get("seconds"), (int, float)):
-        parts.append(f"in {duration(float(facts['seconds']))}")
-    how = ended(facts)
-    return _text(
-        ("sickbay  ", "bold"),
-        (one_line(facts.get("script") or ""), "bold"),
-        ("  " if facts.get("script") else "", ""),
-        (" ".join(parts) + (f", {how}" if how else ""), "dim"),
-    )
+        what += f" in {duration(float(facts['seconds']))}"
+    how = shorten(ended(facts), LONGEST_NAME)
+    return _text(("sickbay  ", "bold"), (f"{script}  " if script else "", "bold"), (what + (f", {how}" if how else ""), "dim"))
 
 
 def _verdict(checkup: Checkup) -> Text:
@@ -131,16 +131,8 @@ def _finding(rank: int, diagnosis: Diagnosis, width: int, few: bool) -> list[Tex
     return lines + _wrap(fix, width, indent=2) + _wrap(_text(("  ", "")) + explain, width, indent=2)
 
 
-def _foot(chart: Chart, checkup: Checkup, page: str, width: int, few: bool) -> list[Text]:
+def _foot(chart: Chart, checkup: Checkup, width: int, few: bool) -> list[Text]:
     lines: list[Text] = [Text("")]
-    counts = f"healthy {number(len(checkup.healthy))}   not examined {number(len(checkup.unexamined))}"
-    lines += _wrap(_text((counts, "bold")), width)
-    reasons = by_reason(checkup.unexamined)
-    for reason, ids in reasons[: 4 if few else None]:
-        line = _text((f"  {one_line(reason)}: ", "dim"), (_names(ids, at_most=3 if few else len(ids)), "dim"))
-        lines += _wrap(line, width, indent=4)[: 2 if few else None]
-    if few and len(reasons) > 4:
-        lines += _wrap(_text((f"  and {len(reasons) - 4} more reasons: see the report", "dim")), width, indent=4)
     if chart.facts.get("recording"):
         lines += _wrap(_text(("recording stopped: ", "yellow"), (one_line(chart.facts["recording"]), "")), width, indent=2)[
             : 3 if few else None
@@ -149,9 +141,15 @@ def _foot(chart: Chart, checkup: Checkup, page: str, width: int, few: bool) -> l
     for problem in problems[: 2 if few else None]:
         lines += _wrap(_text(("sickbay's own problem: ", "yellow"), (problem, "")), width, indent=2)[: 2 if few else None]
     if few and len(problems) > 2:
-        lines.append(_text((f"and {len(problems) - 2} more in the report", "yellow")))
-    if page:
-        lines += _wrap(_text(("report ", "dim"), (one_line(page), "underline")), width, indent=2)
+        lines += _wrap(_text((f"and {len(problems) - 2} more in the report", "yellow")), width, indent=2)
+    counts = f"healthy {number(len(checkup.healthy))}   not examined {number(len(checkup.unexamined))}"
+    lines += _wrap(_text((counts, "bold")), width)
+    reasons = by_reason(checkup.unexamined)
+    for reason, ids in reasons[: 4 if few else None]:
+        line = _text((f"  {one_line(reason)}: ", "dim"), (_names(ids, at_most=3 if few else len(ids)), "dim"))
+        lines += _wrap(line, width, indent=4)[: 2 if few else None]
+    if few and len(reasons) > 4:
+        lines += _wrap(_text((f"  and {len(reasons) - 4} more reasons: see the report", "dim")), width, indent=4)
     return lines
 
 
