@@ -254,27 +254,18 @@ def test_accumulation_over_unequal_micro_batches_is_the_gradient_of_the_joined_b
 
 
 def test_a_case_joins_its_micro_batches_and_applies_the_last_partial_cycle() -> None:
-    def of_size(rows: int, accumulation: int) -> list[Tensor]:
-        """The weights after all of six rows, the last two in a cycle of their own."""
-
+    def weights_after(rows_of_batches: list[range], accumulation: int) -> list[Tensor]:
         def batches(case: Case, split: str) -> Any:
             ids, targets = data.windows(case.corpus.numpy(), np.arange(6) * 40, case.config.context)
-            yield from zip(ids.split(rows), targets.split(rows))
+            yield from ((ids[list(rows)], targets[list(rows)]) for rows in rows_of_batches)
 
         model, losses = run(Case().but(batches=batches, accumulation=accumulation, eval_every=0))
         assert len(losses) == 2
         return list(model.parameters())
 
-    joined: list[Tensor] = []
-    for cycle in ((0, 4), (4, 6)):
-        joined.append(torch.arange(*cycle))
-
-    def uneven(case: Case, split: str) -> Any:
-        ids, targets = data.windows(case.corpus.numpy(), np.arange(6) * 40, case.config.context)
-        yield from ((ids[rows], targets[rows]) for rows in joined)
-
-    together, _ = run(Case().but(batches=uneven, eval_every=0))
-    for one, other in zip(together.parameters(), of_size(1, 4)):
+    joined = weights_after([range(4), range(4, 6)], accumulation=1)
+    accumulated = weights_after([range(row, row + 1) for row in range(6)], accumulation=4)
+    for one, other in zip(joined, accumulated):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 

@@ -60,9 +60,8 @@ def keep_top_p(scores_BV: Tensor, mass: float) -> Tensor:
         return scores_BV
     ordered = scores_BV.sort(dim=-1, descending=True, stable=True)
     probabilities_BV = ordered.values.softmax(dim=-1)
-    # A token stays while those before it fall short of the mass: the first always does, whatever the rounding.
+    # A token stays while those before it fall short of the mass; before the first there is exactly 0, so it always stays.
     short_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV < mass
-    short_BV[..., 0] = True
     return torch.full_like(scores_BV, -math.inf).scatter_(-1, ordered.indices, ordered.values.masked_fill(~short_BV, -math.inf))
 
 
