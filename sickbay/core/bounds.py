@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from sickbay.core.packing import Row, merge
 
@@ -58,7 +58,9 @@ class Compactor:
         self._full_bytes += size
         self._full_rows += 1
 
-    def shrink(self, connection: sqlite3.Connection, layouts: Sequence[tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]) -> bool:
+    def shrink(
+        self, connection: sqlite3.Connection, layouts: Mapping[int, tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]
+    ) -> bool:
         """Merges a few times if needed, as one transaction; False if the rows are over the budget and no more can be merged."""
         before = (self._full_bytes, self._full_rows, dict(self._level_bytes), dict(self._level_rows))
         connection.execute("BEGIN IMMEDIATE")
@@ -73,7 +75,7 @@ class Compactor:
         return possible
 
     def _merge_some(
-        self, connection: sqlite3.Connection, layouts: Sequence[tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]
+        self, connection: sqlite3.Connection, layouts: Mapping[int, tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]
     ) -> bool:
         for _ in range(MERGES_PER_STEP):
             if self.bytes <= self.budget:
@@ -94,7 +96,7 @@ class Compactor:
         self,
         connection: sqlite3.Connection,
         level: int,
-        layouts: Sequence[tuple[str, tuple[str, ...]]],
+        layouts: Mapping[int, tuple[str, tuple[str, ...]]],
         layout_of: Callable[..., int],
     ) -> None:
         if level == 0:

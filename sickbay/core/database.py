@@ -84,6 +84,8 @@ def _set_aside(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
+    if pid <= 0:  # closed in good order
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -9,7 +9,7 @@ A channel is a (signal, where, source); a layout is a (signal, places). Little-e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class Aggregate:
     count: NDArray[np.uint32]
 
 
-def unpack_tables(blob: bytes, widths: Sequence[int], merged: bool) -> Iterator[tuple[int, Aggregate]]:
+def unpack_tables(blob: bytes, widths: Mapping[int, int], merged: bool) -> Iterator[tuple[int, Aggregate]]:
     """Each (layout, Aggregate) of a row; `widths[layout]` is the layout's number of places."""
     if not blob:
         return
@@ -137,7 +137,7 @@ def _rank(point: Point) -> tuple[bool, float]:
     return (point[1] != point[1], point[1])
 
 
-def merge(rows: Sequence[Row], merged: bool, layouts: Sequence[tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]) -> Row:
+def merge(rows: Sequence[Row], merged: bool, layouts: Mapping[int, tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]) -> Row:
     """`rows` (all full, or all merged) as one merged row covering their steps.
 
     `layouts[id]` is a (signal, places); `layout_of(signal, places)` gives the id of one that may be new.
@@ -150,7 +150,7 @@ def merge(rows: Sequence[Row], merged: bool, layouts: Sequence[tuple[str, tuple[
         [(c, s.count, s.sum, *(x for p in (s.first, s.last, s.largest, s.least) for x in p[:2])) for c, s in spans.items()], dtype=SPAN
     )
     extras = [(c, step, value, note) for c, span in spans.items() for step, value, note in span.points() if note]
-    widths = [len(places) for _, places in layouts]
+    widths = {layout: len(places) for layout, (_, places) in layouts.items()}
     by_signal: dict[str, list[tuple[int, Aggregate]]] = {}
     for row in rows:
         for layout, aggregate in unpack_tables(row.tables, widths, merged):
@@ -167,7 +167,7 @@ def merge(rows: Sequence[Row], merged: bool, layouts: Sequence[tuple[str, tuple[
 
 
 def _merge_tables(
-    signal: str, parts: list[tuple[int, Aggregate]], layouts: Sequence[tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]
+    signal: str, parts: list[tuple[int, Aggregate]], layouts: Mapping[int, tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]
 ) -> tuple[int, Aggregate]:
     first = parts[0][0]
     if any(layout != first for layout, _ in parts):  # tensors came or went: over the union of their places

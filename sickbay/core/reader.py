@@ -142,10 +142,11 @@ class Record:
     """What one record holds, read at once and decoded only when asked for (a `Recorded`)."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._channels = [tuple(from_text(name)) for (name,) in connection.execute("SELECT name FROM channels ORDER BY id")]
-        rows = connection.execute("SELECT signal, places FROM layouts ORDER BY id")
-        self._layouts: list[tuple[str, tuple[str, ...]]] = [(signal, tuple(from_text(places))) for signal, places in rows]
-        self._widths = [len(places) for _, places in self._layouts]
+        names = connection.execute("SELECT id, name FROM channels ORDER BY id")
+        self._channels: dict[int, tuple[str, str, str]] = {channel: tuple(from_text(name)) for channel, name in names}
+        rows = connection.execute("SELECT id, signal, places FROM layouts ORDER BY id")
+        self._layouts: dict[int, tuple[str, tuple[str, ...]]] = {id_: (signal, tuple(from_text(places))) for id_, signal, places in rows}
+        self._widths = {layout: len(places) for layout, (_, places) in self._layouts.items()}
         self._merged = [Row(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM merged ORDER BY first, id")]
         self._steps = [Row(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM steps ORDER BY id")]
         self._events: dict[str, list[Reading]] = {}
@@ -160,20 +161,20 @@ class Record:
         self._scalars = np.frombuffer(joined, SCALAR)
         events = (reading.step for readings in self._events.values() for reading in readings)
         points = (reading.step for readings in self._points.values() for reading in readings)
-        self._last_step = max(0, *events, *points, *(row.last for row in (*self._merged, *self._steps)))
+        self._last_step = max((0, *events, *points, *(row.last for row in (*self._merged, *self._steps))))
         numbers = [len(row.scalars) // SCALAR.itemsize for row in self._steps]
         self._scalar_steps = np.repeat(np.array([row.first for row in self._steps], np.int64), numbers)
         self._scalar_seconds = np.repeat(np.array([row.seconds for row in self._steps], np.float64), numbers)
 
     def signals(self) -> list[str]:
-        seen = [*self._events, *(signal for signal, _, _ in self._channels), *(signal for signal, _ in self._layouts)]
+        seen = [*self._events, *(signal for signal, _, _ in self._channels.values()), *(signal for signal, _ in self._layouts.values())]
         return list(dict.fromkeys(signal for signal in seen if signal in SIGNALS))
 
     def last_step(self) -> int:
         return self._last_step
 
     def readings(self, signal: str) -> list[Reading]:
-        channels = [channel for channel, key in enumerate(self._channels) if key[0] == signal]
+        channels = [channel for channel, key in self._channels.items() if key[0] == signal]
         found = list(self._events.get(signal, ()))
         for channel in channels:
             found += self._points.get(channel, ())
@@ -187,7 +188,7 @@ class Record:
         return found + (table.readings() if table is not None else [])
 
     def table(self, signal: str) -> Table | None:
-        layouts = {id_: places for id_, (owner, places) in enumerate(self._layouts) if owner == signal}
+        layouts = {id_: places for id_, (owner, places) in self._layouts.items() if owner == signal}
         if not layouts:
             return None
         places = tuple(dict.fromkeys(place for names in layouts.values() for place in names))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import sqlite3
 import struct
@@ -68,9 +69,10 @@ class RecordWriter:
         self._closed = False
         self._max_bytes = max(MIN_BYTES, max_bytes)
         self._channels: dict[tuple[str, str, str], int] = {}
-        self._channel_keys: list[tuple[str, str, str]] = []
+        self._channel_keys: dict[int, tuple[str, str, str]] = {}
         self._layout_ids: dict[tuple[str, tuple[str, ...]], int] = {}
-        self._layouts: list[tuple[str, tuple[str, ...]]] = []
+        self._layouts: dict[int, tuple[str, tuple[str, ...]]] = {}
+        self._ids = itertools.count()
         self._scalars: list[float] = []
         self._extras: list[tuple[int, int, float, Any]] = []
         self._tables: list[tuple[int, bytes]] = []
@@ -123,7 +125,7 @@ class RecordWriter:
                 if channel is None:
                     channel = self._channel(key)
                 if kept is None and step is None:
-                    self._scalars += (channel, number)
+                    self._scalars.extend((channel, number))
                 else:
                     self._extras.append((channel, at, number, kept))
                 if len(self._scalars) > 2 * MAX_PENDING or len(self._extras) > MAX_PENDING:
@@ -215,17 +217,19 @@ class RecordWriter:
             key = (key[0], "", "")
             if key in self._channels:
                 return self._channels[key]
-        channel = self._channels[key] = len(self._channel_keys)
-        self._channel_keys.append(key)
+        channel = next(self._ids)
+        self._channel_keys[channel] = key
         self._batch.append((_CHANNEL, (channel, to_text(key))))
+        self._channels[key] = channel
         return channel
 
     def _layout(self, signal: str, places: tuple[str, ...]) -> int:
         key = (signal, places)
         if key not in self._layout_ids:
-            self._layout_ids[key] = len(self._layouts)
-            self._layouts.append(key)
-            self._batch.append((_LAYOUT, (self._layout_ids[key], signal, to_text(places))))
+            layout = next(self._ids)
+            self._layouts[layout] = key
+            self._batch.append((_LAYOUT, (layout, signal, to_text(places))))
+            self._layout_ids[key] = layout
         return self._layout_ids[key]
 
     def _event(self, step: int, signal: str, value: float, where: str, note: Any, source: str) -> None:
@@ -254,36 +258,37 @@ class RecordWriter:
     def _pack(self) -> int:
         if not (self._scalars or self._tables or self._extras):
             return 0
-        scalars = struct.pack("<" + "Id" * (len(self._scalars) // 2), *self._scalars)
+        pending, parts, readings = self._scalars[:], self._tables[:], self._extras[:]
+        # Removed in place: what a signal handler adds meanwhile, or was adding to when it was interrupted, stays.
+        del self._scalars[: len(pending)], self._tables[: len(parts)], self._extras[: len(readings)]
+        scalars = struct.pack("<" + "Id" * (len(pending) // 2), *pending)
         tables = b""
-        if self._tables:
-            number = len(self._tables)
-            tables = struct.pack(f"<{number + 1}I", number, *[layout for layout, _ in self._tables])
-            tables += b"".join([values for _, values in self._tables])
-        extras = to_text(self._extras) if self._extras else ""
-        self._scalars, self._tables, self._extras = [], [], []
+        if parts:
+            tables = struct.pack(f"<{len(parts) + 1}I", len(parts), *[layout for layout, _ in parts])
+            tables += b"".join([values for _, values in parts])
+        extras = to_text(readings) if readings else ""
         self._batch.append((_STEP, (self.step, self.step, time.monotonic() - self.started, scalars, tables, extras)))
         return len(scalars) + len(tables) + len(extras) + 40
 
     def _execute(self, size: int) -> None:
         connection = self.connection
         assert connection is not None
-        changes = connection.total_changes
+        changes, batch = connection.total_changes, self._batch[:]
         try:
-            if len(self._batch) == 1:
-                connection.execute(*self._batch[0])
+            if len(batch) == 1:
+                connection.execute(*batch[0])
             else:
                 connection.execute("BEGIN IMMEDIATE")
-                for statement in self._batch:
+                for statement in batch:
                     connection.execute(*statement)
                 connection.execute("COMMIT")
         except BaseException as problem:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             elif not isinstance(problem, sqlite3.Error) and connection.total_changes > changes:
-                self._written(size)  # interrupted just after the commit: nothing may be written twice
+                self._written(batch, size)  # interrupted just after the commit: nothing may be written twice
             raise
-        self._written(size)
+        self._written(batch, size)
         if self._compactor.bytes > self._compactor.budget:
             possible = self._compactor.shrink(connection, self._layouts, self._union_layout)
             if not possible and self._used_bytes(connection) > self._max_bytes:
@@ -291,11 +296,11 @@ class RecordWriter:
         if self._unmeasured > self._max_bytes // 64:
             self._measure(connection)
 
-    def _written(self, size: int) -> None:
-        for sql, values in self._batch:
+    def _written(self, batch: list[Statement], size: int) -> None:
+        for sql, values in batch:
             if sql is _STEP:
                 self._compactor.added(sum(len(part) for part in values[3:]) + 40)
-        self._batch = []
+        del self._batch[: len(batch)]
         self._unmeasured += size
 
     def _union_layout(self, signal: str, places: tuple[str, ...]) -> int:

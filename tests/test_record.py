@@ -1,0 +1,529 @@
+"""The record: what is written comes back, within bounds, whatever happens to the process, the disk or the file system."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sickbay.core import bounds, record
+from sickbay.core.chart import Chart
+from sickbay.core.errors import RecordError
+from sickbay.core.packing import Row, merge, unpack_spans, unpack_tables
+from sickbay.core.reader import _outstanding, chart_of, load_chart
+from sickbay.core.record import RecordWriter
+
+NAN, INF = float("nan"), float("inf")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[RecordWriter]:
+    made = RecordWriter(tmp_path)
+    yield made
+    made.close()
+
+
+def child(code: str, *argv: object) -> subprocess.Popen[str]:
+    """A real process running `code`."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, argv)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def disk_use(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def rows_of(chart: Chart, name: str) -> list[tuple[Any, ...]]:
+    return [(r.step, r.value, r.where, dict(r.note), r.source) for r in chart[name]]
+
+
+def test_what_is_written_comes_back_live_and_from_disk(writer: RecordWriter) -> None:
+    writer.fact("device", {"name": "cpu", "share": NAN})
+    writer.fact("device", {"name": "cpu", "share": INF})
+    writer.unobserved("dead_units", "the model has no ReLU")
+    writer.read("loss", 2.5, source="train.py:7")
+    writer.read("grad_norm", NAN)
+    writer.read("future_influence", 0.5, where="h.0", note={"position": 3, "affected": [INF, -INF]})
+    writer.read("nonfinite_step", NAN, note={"what": "loss"})
+    writer.table("param_grad_norm", ("a", "b"), [0.1, NAN])
+    writer.end_step()
+    writer.read("loss", -INF)
+    writer.read("loss", 1.5, step=0)
+    writer.table("param_grad_norm", ("a", "b", "c"), np.array([1, 2, 3]))
+    writer.end_step()
+    for chart in (chart_of(writer), load_chart(writer.folder)):
+        assert chart.facts["device"] == {"name": "cpu", "share": INF}
+        assert chart.unobserved == {"dead_units": "the model has no ReLU"}
+        assert sorted(rows_of(chart, "loss"), key=repr) == [(0, 1.5, "", {}, ""), (0, 2.5, "", {}, "train.py:7"), (1, -INF, "", {}, "")]
+        assert math.isnan(chart["grad_norm"][0].value) and math.isnan(chart["nonfinite_step"][0].value)
+        assert rows_of(chart, "future_influence") == [(0, 0.5, "h.0", {"position": 3, "affected": [INF, -INF]}, "")]
+        assert chart["nonfinite_step"][0].note == {"what": "loss"}
+        table = chart.table("param_grad_norm")
+        assert table.places == ("a", "b", "c") and table.steps.tolist() == [0, 1] and table.counts.tolist() == [[1, 1, 0], [1, 1, 1]]
+        assert repr([(r.step, r.where, r.value) for r in chart["param_grad_norm"]]) == repr(
+            [(0, "a", float(np.float32(0.1))), (0, "b", NAN), (1, "a", 1.0), (1, "b", 2.0), (1, "c", 3.0)]
+        )
+        assert chart.last_step == 1 and 0 < chart["loss"][0].seconds < 60
+    assert load_chart(writer.folder).facts["ranks"] == {"0": {"device": {"name": "cpu", "share": INF}}}
+
+
+def test_flush_keeps_the_step_and_close_leaves_one_file(writer: RecordWriter) -> None:
+    writer.read("loss", 1)
+    writer.flush()
+    writer.read("loss", 2)
+    assert writer.step == 0
+    writer.close()
+    writer.read("loss", 3)
+    writer.end_step()
+    assert rows_of(load_chart(writer.folder), "loss") == [(0, 1.0, "", {}, ""), (0, 2.0, "", {}, "")]
+    assert [path.name for path in writer.folder.iterdir()] == ["record-0.sqlite"]
+
+
+def test_what_cannot_be_kept_is_named_and_nothing_is_raised(writer: RecordWriter) -> None:
+    writer.read("grad_nrom", 1.0)
+    writer.read("grad_norm", "much")  # type: ignore[arg-type]
+    writer.table("weight_norm", ("a", "b"), [1.0])
+    writer.read("loss", 1, where="\udcff", note={"odd": {1, 2}, "name": "\udcff", "number": np.float32(2)}, source="\udcff.py:1")
+    writer.fact("\udcff", object())
+    writer.read("exception", 1, where="\udcff", source="\udcff.py:1")
+    writer.end_step()
+    chart = chart_of(writer)
+    assert writer.stopped == ""
+    assert "could not convert" in chart.unobserved["grad_norm"]
+    assert "2 places but values of shape (1,)" in chart.unobserved["weight_norm"]
+    assert "grad_nrom" in chart.unobserved
+    assert chart["loss"][0].note == {"odd": [1, 2], "name": "\udcff", "number": 2.0} and chart["loss"][0].where == "\udcff"
+    assert chart["exception"][0].source == "\\udcff.py:1"
+
+
+def test_a_long_note_is_cut_and_keeps_its_keys(writer: RecordWriter) -> None:
+    writer.read("gradient_absent", 5, note={"names": [f"layer.{i}.weight" for i in range(50_000)], "op": "detach", "text": "x" * 99_999})
+    note = chart_of(writer)["gradient_absent"][0].note
+    assert note["op"] == "detach" and note["names"][:2] == ["layer.0.weight", "layer.1.weight"] and note["text"].startswith("xx")
+    assert len(repr(note)) < 2 * record.MAX_NOTE
+
+
+KILLED = """
+    import os, signal, sys
+    from sickbay.core.record import RecordWriter
+    writer = RecordWriter(sys.argv[1])
+    writer.fact("device", "cpu")
+    for step in range(3000):
+        writer.read("loss", step)
+        writer.table("weight_norm", ("a", "b"), [step, step + 1])
+        writer.end_step()
+    writer.read("exception", 1, note={"type": "KeyError"})
+    writer.read("loss", 3000)
+    writer.flush()
+    writer.read("loss", -1)  # of a step that never ends
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_is_readable_to_its_last_step(tmp_path: Path) -> None:
+    assert child(KILLED, tmp_path).wait(60) == -signal.SIGKILL
+    assert (tmp_path / "record-0.sqlite-wal").stat().st_size > 0
+    for _ in range(2):  # reading changes nothing
+        chart = load_chart(tmp_path)
+        assert chart["loss"].values == [float(step) for step in range(3001)]
+        assert chart.table("weight_norm").values.tolist() == [[step, step + 1] for step in range(3000)]
+        assert chart["exception"][0].note == {"type": "KeyError"} and chart.facts["device"] == "cpu"
+
+
+def test_a_record_is_readable_while_another_process_writes_it(tmp_path: Path) -> None:
+    code = """
+        import sys, time
+        from sickbay.core.record import RecordWriter
+        writer = RecordWriter(sys.argv[1])
+        print("go", flush=True)
+        ends = time.monotonic() + 20
+        while time.monotonic() < ends:
+            writer.read("loss", writer.step)
+            writer.table("weight_norm", ("a",), [writer.step])
+            writer.end_step()
+        print(writer.stopped)
+    """
+    process = child(code, tmp_path)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        seen = [0]
+        while len(seen) < 6:
+            chart = load_chart(tmp_path)
+            steps = chart["loss"].steps
+            assert steps == list(range(len(steps))) and chart["loss"].values == steps
+            assert chart.table("weight_norm").steps.tolist() == steps  # one snapshot: nothing half-written
+            if len(steps) > seen[-1]:
+                seen.append(len(steps))
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_the_file_stays_bounded_and_largest_and_sum_stay_exact(tmp_path: Path) -> None:
+    limit, steps, places = 1 << 20, 12_000, tuple(f"h.{i}.weight" for i in range(40))
+    rng = np.random.default_rng(0)
+    loss, norms = rng.integers(-1000, 1000, steps), rng.integers(0, 100_000, (steps, 40)).astype(np.float32)
+    writer, most = RecordWriter(tmp_path, max_bytes=limit), 0
+    for step in range(steps):
+        writer.read("loss", loss[step], source="train.py:3")
+        writer.read("future_influence", float(loss[step]), note={"position": step})
+        writer.table("param_grad_norm", places, norms[step])
+        writer.end_step()
+        if step % 500 == 0:
+            most = max(most, disk_use(tmp_path))
+            writer.read("nonfinite_step", step, note={"what": "gradient"})
+    assert writer.stopped == "" and max(most, disk_use(tmp_path)) <= limit
+    rows = [*writer.connection.execute("SELECT first, last, seconds, scalars, tables, extras FROM merged")]  # type: ignore[union-attr]
+    spans = [span for row in rows for span in unpack_spans(Row(*row)).values()]
+    writer.close()
+    chart = load_chart(tmp_path)
+    table = chart.table("param_grad_norm")
+    assert (table.firsts[0], table.steps[-1]) == (0, steps - 1) and (table.firsts[1:] == table.steps[:-1] + 1).all()
+    assert len(table) < steps // 4
+    full = int((table.firsts == table.steps).sum())
+    assert full >= bounds.NEWEST_FULL and np.array_equal(table.values[-full:], norms[-full:])
+    assert np.array_equal(table.counts.sum(axis=0), [steps] * 40)
+    for first, last, largest, total in zip(table.firsts, table.steps, table.values, table.sums, strict=True):
+        assert np.array_equal(largest, norms[first : last + 1].max(axis=0))
+        assert np.array_equal(total, norms[first : last + 1].astype(np.float64).sum(axis=0))
+    kept = chart["loss"]
+    assert all(reading.value == loss[reading.step] for reading in kept)  # merged or not, every reading is a real one
+    assert kept[0].step == 0 and kept.worst().value == loss.max() and kept.least().value == loss.min()  # type: ignore[union-attr]
+    assert all(r.note == {"position": r.step} for r in chart["future_influence"])
+    older = steps - full
+    assert sum(span.count for span in spans) == 2 * older and sum(span.sum for span in spans) == 2 * loss[:older].sum()
+    assert chart["nonfinite_step"].values == list(range(0, steps, 500))
+
+
+def test_merging_ranks_nan_highest_and_follows_changing_places() -> None:
+    layouts = {0: ("weight_norm", ("a", "b")), 1: ("weight_norm", ("b", "c"))}
+
+    def layout_of(name: str, places: tuple[str, ...]) -> int:
+        layouts.setdefault(2, (name, places))
+        return 2
+
+    def full(step: int, layout: int, values: list[float], loss: float) -> Row:
+        head = np.array([1, layout], "<u4").tobytes()
+        return Row(step, step, float(step), np.array([(0, loss)], record.SCALAR).tobytes(), head + np.array(values, "<f4").tobytes(), "")
+
+    once = merge([full(0, 0, [1, 5], 3.0), full(1, 1, [7, INF], NAN)], False, layouts, layout_of)
+    other = merge([full(2, 0, [NAN, 2], -1.0), full(3, 0, [4, 4], 9.0)], False, layouts, layout_of)
+    both = merge([once, other], True, layouts, layout_of)
+    widths = {layout: len(places) for layout, (_, places) in layouts.items()}
+    [(layout, aggregate)] = unpack_tables(both.tables, widths, True)
+    assert layouts[layout][1] == ("a", "b", "c") and (both.first, both.last, both.seconds) == (0, 3, 3.0)
+    assert repr(aggregate.largest.tolist()) == "[nan, 7.0, inf]"
+    assert repr(aggregate.sum.tolist()) == "[nan, 18.0, inf]" and aggregate.count.tolist() == [3, 4, 1]
+    span = unpack_spans(both)[0]
+    assert (span.count, span.first[:2], span.last[:2], span.least[:2]) == (4, (0, 3.0), (3, 9.0), (2, -1.0))
+    assert span.largest[0] == 1 and math.isnan(span.largest[1])
+    assert [step for step, _, _ in span.points()] == [0, 1, 2, 3]
+
+
+def test_events_keep_the_first_and_the_newest(writer: RecordWriter) -> None:
+    for step in range(3500):
+        writer.read("skipped_step", 0)
+        writer.read("dropped_backwards", step)
+        writer.end_step()
+    kept = chart_of(writer)["dropped_backwards"].values
+    assert kept == [*range(1000), *range(2500, 3500)]
+
+
+def test_events_with_long_notes_are_bounded_too(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path, max_bytes=1 << 20)
+    for step in range(2000):
+        writer.read("exception", step, note={"message": f"{step} " + "x" * 2000})
+        writer.end_step()
+    kept = chart_of(writer)["exception"].values
+    assert writer.stopped == "" and disk_use(tmp_path) <= 1 << 20
+    assert kept[0] == 0 and kept[-1] == 1999 and len(kept) > 50
+    writer.close()
+
+
+def test_a_long_series_is_thinned_to_its_outstanding_values() -> None:
+    values = np.random.default_rng(0).normal(size=50_000)
+    values[123] = NAN
+    at = _outstanding(values, 4000)
+    assert len(at) <= 4000 and 0 in at and 123 in at and int(np.nanargmin(values)) in at and int(np.nanargmax(values)) in at
+    assert np.array_equal(at[-256:], np.arange(49_744, 50_000))
+    assert np.array_equal(_outstanding(values[:4000], 4000), np.arange(4000))
+
+
+def test_a_forked_child_neither_writes_nor_closes(writer: RecordWriter) -> None:
+    code = """
+        import os, sys
+        from sickbay.core.record import RecordWriter
+        from sickbay.core.reader import chart_of, load_chart
+        from sickbay.core.errors import RecordError
+        writer = RecordWriter(sys.argv[1])
+        writer.read("loss", 1)
+        writer.end_step()
+        writer.read("loss", 2)
+        if os.fork() == 0:
+            for _ in range(10):
+                writer.read("loss", 99)
+                writer.read("exception", 1)
+                writer.table("weight_norm", ("a",), [1])
+                writer.fact("child", True)
+                writer.unobserved("loss", "child")
+                writer.end_step()
+            writer.flush()
+            writer.close()
+            try:
+                chart_of(writer)
+                os._exit(3)
+            except RecordError:
+                sys.exit(0)  # with all of the interpreter's clean-up
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+        assert os.path.getsize(sys.argv[1] + "/record-0.sqlite-wal") > 0
+        writer.end_step()
+        writer.read("loss", 3)
+        writer.end_step()
+        print(load_chart(sys.argv[1])["loss"].values, writer.stopped, "child" in load_chart(sys.argv[1]).facts)
+    """
+    process = child(code, writer.folder / "forked")
+    assert process.communicate(timeout=60)[0] == "[1.0, 2.0, 3.0]  False\n"
+
+
+def test_several_threads_may_read(writer: RecordWriter) -> None:
+    def work(name: str) -> None:
+        for step in range(500):
+            writer.read("activation_rms", step, where=name)
+            writer.table("weight_norm", (name,), [step])
+            writer.end_step()
+
+    threads = [threading.Thread(target=work, args=(f"h.{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    chart = chart_of(writer)
+    assert writer.step == 2000 and writer.stopped == ""
+    for i in range(4):
+        assert sorted(chart["activation_rms"].at(f"h.{i}").values) == list(range(500))
+    assert chart.table("weight_norm").counts.sum() == 2000
+
+
+def test_a_signal_handler_may_come_in_at_any_time(writer: RecordWriter) -> None:
+    def handler(*_: object) -> None:
+        writer.read("grad_norm", 1)
+        writer.end_step()
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    over = threading.Event()
+
+    def interrupt() -> None:
+        while not over.wait(0.0005):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    try:
+        ends = time.monotonic() + 1
+        written = 0
+        while time.monotonic() < ends:
+            writer.read("loss", written)
+            writer.end_step()
+            written += 1
+    finally:
+        over.set()
+        interrupter.join()
+        signal.signal(signal.SIGUSR1, before)
+    chart = chart_of(writer)
+    assert writer.stopped == "" and chart["loss"].values == list(range(written))
+    assert len(chart["grad_norm"]) > 10 and chart.unobserved == {}
+
+
+def test_a_folder_that_cannot_be_made_leaves_a_chart_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    writer = RecordWriter(tmp_path / "file" / "run")
+    writer.fact("device", "cpu")
+    writer.unobserved("dead_units", "no ReLU")
+    for step in range(3000):
+        writer.read("loss", step, note={"x": NAN} if step == 0 else None)
+        writer.table("weight_norm", ("a",), [1.0])
+        writer.end_step()
+    writer.read("exception", 1, note={"type": "E"})
+    chart = chart_of(writer)
+    assert writer.step == 3000 and writer.stopped.startswith("step 0: ") and "Not a directory" in writer.stopped
+    assert chart["loss"].values == [*range(1000), *range(2000, 3000)] and math.isnan(chart["loss"][0].note["x"])
+    assert chart["exception"][0].note == {"type": "E"} and chart.facts["device"] == "cpu"
+    assert chart.facts["recording_stopped"] == writer.stopped and chart.unobserved == {"dead_units": "no ReLU"}
+    writer.close()
+
+
+def test_a_full_disk_stops_recording_and_says_when_and_why(tmp_path: Path) -> None:
+    code = """
+        import resource, sys
+        from sickbay.core.record import RecordWriter
+        from sickbay.core.reader import chart_of
+        writer = RecordWriter(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        for step in range(4000):
+            writer.read("loss", step)
+            writer.read("grad_norm", step, note={"x": step})
+            writer.end_step()
+        writer.read("exception", 1)
+        chart = chart_of(writer)
+        steps = chart["loss"].steps
+        print(writer.stopped)
+        once = len(set(steps)) == len(steps)
+        print(steps[0], once, steps[-1], len(chart["exception"]), chart.facts["recording_stopped"] == writer.stopped)
+        writer.close()
+    """
+    process = child(code, tmp_path)
+    reason, rest = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 0 and rest == "0 True 3999 1 True"
+    step = int(reason.partition(":")[0].removeprefix("step "))
+    assert 0 < step < 4000 and ("full" in reason or "I/O" in reason)
+    assert (tmp_path / "record-0.stopped").read_text().strip() == reason
+    chart = load_chart(tmp_path)
+    assert chart["loss"].steps == list(range(step)) and chart.facts["recording_stopped"] == reason
+
+
+def test_without_wal_recording_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **more: plain(f"file:{path}?vfs=unix-dotfile", uri=True, **more))
+    writer = RecordWriter(tmp_path)
+    for step in range(20):
+        writer.read("loss", step)
+        writer.end_step()
+    assert writer.stopped == "" and not (tmp_path / "record-0.sqlite-wal").exists()
+    assert writer.connection is not None and writer.connection.execute("PRAGMA journal_mode").fetchone() == ("truncate",)
+    writer.close()
+    monkeypatch.undo()
+    assert load_chart(tmp_path)["loss"].values == list(range(20))
+
+
+def test_a_reader_in_the_way_only_delays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RecordWriter(tmp_path)
+    blocker = sqlite3.connect(tmp_path / "record-0.sqlite", isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    for step in range(3):
+        writer.read("loss", step)
+        writer.end_step()
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    writer.read("loss", 3)
+    writer.end_step()
+    assert writer.stopped == "" and load_chart(tmp_path)["loss"].steps == [0, 1, 2, 3]
+    writer.close()
+
+
+def test_a_file_locked_for_good_stops_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MAX_BACKLOG", 5)
+    writer = RecordWriter(tmp_path)
+    blocker = sqlite3.connect(tmp_path / "record-0.sqlite", isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    for step in range(9):
+        writer.read("loss", step)
+        writer.end_step()
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    assert "locked" in writer.stopped and chart_of(writer)["loss"].steps == list(range(9))
+    writer.close()
+
+
+def test_ranks_are_read_together(tmp_path: Path) -> None:
+    for rank in range(2):
+        writer = RecordWriter(tmp_path, rank)
+        writer.fact("device", f"cuda:{rank}")
+        writer.read("loss", 10 + rank)
+        writer.read("exception", 1, note={"type": f"E{rank}"})
+        writer.end_step()
+        writer.close()
+    (tmp_path / "record-1.stopped").write_text("step 7: disk full\n")
+    chart = load_chart(tmp_path)
+    assert chart["loss"].values == [10.0]
+    assert [r.note for r in chart["exception"]] == [{"type": "E0"}, {"type": "E1", "rank": 1}]
+    assert chart.facts["device"] == "cuda:0" and chart.facts["ranks"] == {"0": {"device": "cuda:0"}, "1": {"device": "cuda:1"}}
+    assert chart.facts["recording_stopped"] == "rank 1, step 7: disk full"
+
+
+def test_a_record_left_behind_is_kept_aside_and_one_in_use_is_not_touched(tmp_path: Path) -> None:
+    assert child(KILLED, tmp_path).wait(60) == -signal.SIGKILL
+    first = RecordWriter(tmp_path)
+    first.read("loss", 5)
+    first.end_step()
+    assert load_chart(tmp_path)["loss"].values == [5.0]
+    assert (tmp_path / "record-0.before-1.sqlite").exists()
+    second = RecordWriter(tmp_path)
+    second.read("loss", 6)
+    second.end_step()
+    assert f"being written by process {os.getpid()}" in second.stopped and chart_of(second)["loss"].values == [6.0]
+    second.close()
+    first.close()
+    third = RecordWriter(tmp_path)
+    assert third.stopped == "" and (tmp_path / "record-0.before-2.sqlite").exists()
+    third.close()
+
+
+def test_many_places_and_many_layouts_stay_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MAX_CHANNELS", 3)
+    monkeypatch.setattr(record, "MAX_LAYOUTS", 1)
+    writer = RecordWriter(tmp_path)
+    for i in range(5):
+        writer.read("activation_rms", i, where=f"h.{i}")
+    writer.table("weight_norm", ("a",), [1])
+    writer.table("weight_norm", ("b",), [2])
+    chart = chart_of(writer)
+    assert [r.where for r in chart["activation_rms"]] == ["h.0", "h.1", "h.2", "", ""]
+    assert sorted(chart["weight_norm"].values) == [1.0, 2.0]
+    writer.close()
+
+
+def test_steps_too_large_for_the_bound_stop_recording_with_that_reason(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path, max_bytes=1)
+    places = tuple(str(i) for i in range(20_000))
+    for _ in range(40):
+        writer.table("weight_norm", places, np.ones(20_000))
+        writer.end_step()
+    assert f"limit of {record.MIN_BYTES:,} bytes" in writer.stopped and writer.step == 40
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (None, b"", "no record-<rank>.sqlite"),
+        ("record-0.stopped", b"step 0: Read-only file system", "recording stopped at step 0: Read-only file system"),
+        ("record-0.sqlite", b"", r"record-0\.sqlite: the record cannot be read"),
+        ("record-0.sqlite", b"not a database" * 500, r"record-0\.sqlite: the record cannot be read \(DatabaseError.*run the script again"),
+    ],
+)
+def test_what_is_no_record_is_refused_by_name(tmp_path: Path, name: str | None, content: bytes, message: str) -> None:
+    if name:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecordError, match=message):
+        load_chart(tmp_path)
+
+
+def test_damage_is_refused_by_name(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path)
+    for step in range(2000):
+        writer.read("loss", step, note={"x": step})
+        writer.end_step()
+    writer.close()
+    path = tmp_path / "record-0.sqlite"
+    content = bytearray(path.read_bytes())
+    content[20_000:-4096] = b"\xff" * (len(content) - 24_096)
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=r"record-0\.sqlite: the record cannot be read"):
+        load_chart(tmp_path)
+    with pytest.raises(RecordError, match="no such folder"):
+        load_chart(tmp_path / "nowhere")
