@@ -1,0 +1,128 @@
+"""The gradient norm runs away: each step's gradient is many times the last, until the loss or the weights overflow.
+
+Looks like
+The gradient norm climbs by factors from one step to the next; the loss rises after it, one to four steps later, and ends
+in infinity or NaN, or stays far above where it was.
+
+Why
+Gradients are products over layers and positions. Once a weight is large enough that the product grows, an update that
+follows it makes the weight larger still. Nothing bounds that: no clipping, a loss that is summed and not averaged under
+an optimizer that follows the gradient's size (SGD), a recurrence, a depth without normalisation.
+
+Tell apart
+learning-rate-too-high: the gradients were ordinary when the updates were already a tenth of the weights.
+loss-spike: it comes back by itself. missing-normalization: the activations grow with depth from the first step.
+A large norm by itself is not this: a summed loss has large gradients all its life and trains.
+
+Cure
+Clip the global norm to 1.0 before the step, after unscaling and after all accumulation:
+`torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`. If the clip is then always active, lower the learning rate.
+
+Sources
+Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural networks": clipping by the global norm.
+The 10-times limit on the run's own median: healthy runs of transformers under 8 recipes, whose norm rises up to 25 times
+while the loss falls, and never 10 times with a rising loss. BLOOM's norm rose 4000 times in 5 steps (chronicles, 2022-04-12).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sickbay.core.chart import Chart, Reading
+from sickbay.core.condition import Condition
+from sickbay.core.diagnosis import Diagnosis, Evidence, Threshold, number
+from sickbay.core.nonfinite import Origin, origins
+from sickbay.core.robust import median
+
+_CALIBRATED = "calibration on healthy transformer runs: SGD, Adam, warm-up, restarts, summed losses, fp16, post-norm, LoRA"
+RUNAWAY = Threshold(10.0, "x median so far", source=_CALIBRATED)
+LOSS_RISE = Threshold(1.2, "x loss before", source=_CALIBRATED)
+OVERFLOWING = Threshold(1e12, "operand", source="float32 overflows in a sum of products of such numbers; no healthy activation comes near")
+WINDOW, LASTING, TAIL = 50, 3, 5  # readings: of history, of a rise that is no accident, of the run's end
+BORN_SMALL = frozenset({"exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "softmax", "log_softmax"})
+
+
+def diagnose(chart: Chart) -> Diagnosis | None:
+    skipped = {reading.step for reading in chart["skipped_step"] if reading.value}
+    norms = [reading for reading in chart["grad_norm"] if reading.step not in skipped]
+    overflow = next((o for o in origins(chart["first_nonfinite"])), None)
+    grown = overflow is not None and _by_growth(overflow)
+    start, baseline = _onset(norms)
+    if start is None and not grown:
+        return None
+    rise = start or next((r for r in norms if overflow and r.step >= overflow.reading.step), norms[-1])
+    harm = _harm(chart, rise.step, norms, baseline, grown)
+    if not harm:
+        return None
+    peak = max((r for r in norms if r.step >= rise.step and math.isfinite(r.value)), key=lambda r: r.value, default=rise)
+    limit = RUNAWAY * baseline if start else None
+    times = f", {number(peak.value / baseline)} x its median before step {rise.step}" if start and baseline > 0 else ""
+    place = _where(chart, rise.step) if start or not overflow else overflow.reading.where
+    source = overflow.reading.source if grown and overflow else rise.source
+    summary = f"the gradient norm ran away to {number(peak.value)}{times}, and {harm}"
+    return Diagnosis(summary, (Evidence(peak, limit),), "critical", step=rise.step, where=place, source=source)
+
+
+def _onset(norms: list[Reading]) -> tuple[Reading | None, float]:
+    """The first reading of a lasting rise beyond RUNAWAY times the median before it, and that median."""
+    values = [reading.value for reading in norms]
+    for index in range(2, len(norms)):
+        baseline = median(values[max(0, index - WINDOW) : index])
+        ahead = values[index : index + LASTING]
+        if baseline > 0 and all(not value <= RUNAWAY * baseline for value in ahead) and math.isfinite(ahead[0]):
+            return norms[index], baseline
+    return None, median(values)
+
+
+def _harm(chart: Chart, step: int, norms: list[Reading], baseline: float, grown: bool) -> str:
+    """What the rise did to the run and did not take back, in words; empty if it did nothing."""
+    origin = next(iter(origins(chart["first_nonfinite"])), None)
+    broken = next((r for r in norms if r.step >= step and not math.isfinite(r.value)), None)
+    if grown or (broken is not None and origin is None):
+        return f"overflowed at step {broken.step if broken is not None else step}"
+    losses = chart["loss"]
+    before = median(losses.between(step - WINDOW, step - 1).values[-TAIL:])
+    after, end = losses.between(step, step + WINDOW).values, losses.values[-TAIL:]
+    if median(after) > LOSS_RISE * before and median(end) > LOSS_RISE * before:
+        return f"the loss went from {number(before)} to {number(median(end))}"
+    return ""
+
+
+def _by_growth(origin: Origin) -> bool:
+    """True where a product or a sum of numbers grown huge overflowed, after at least one update, in a format wider than float16."""
+    born = origin.forward or origin.phase in ("backward", "update")
+    return born and origin.reading.step >= 1 and origin.dtype != "float16" and origin.op not in BORN_SMALL and origin.largest > OVERFLOWING
+
+
+def _where(chart: Chart, step: int) -> str:
+    """The parameter with the largest gradient at the sampled step nearest after `step`."""
+    later = [reading for reading in chart["param_grad_norm"] if reading.step >= step]
+    first = [reading for reading in later if reading.step == later[0].step]
+    return max(first, key=lambda r: (math.isfinite(r.value), r.value), default=Reading(step, "param_grad_norm", 0.0)).where
+
+
+def inject(case: Any) -> Any:
+    """The loss is summed over tokens and width, clipping is off, and plain SGD follows the gradient's size."""
+
+    def optimizer(sick: Any, model: Any) -> Any:
+        import torch
+
+        return torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def loss(sick: Any, model: Any, ids: Any, targets: Any) -> Any:
+        return case.loss(sick, model, ids, targets) * targets.numel() * sick.config.dim
+
+    return case.but(optimizer=optimizer, loss=loss, clip=None, learning_rate=0.05)
+
+
+condition = Condition(
+    id="exploding-gradients",
+    symptom="the gradient norm runs away against its own history, and the loss after it",
+    needs=("grad_norm",),
+    uses=("loss", "first_nonfinite", "skipped_step", "param_grad_norm"),
+    diagnose=diagnose,
+    prescribes=("clip-gradients", "lower-learning-rate"),
+    leads_to=("loss-spike", "half-precision-overflow", "non-finite-weights", "scaler-collapse"),
+    inject=inject,
+)

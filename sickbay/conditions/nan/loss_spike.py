@@ -1,0 +1,112 @@
+"""The loss jumps far out of its own band and comes back: a transient spike, led by the gradient norm or made by one batch.
+
+Looks like
+A needle in the loss curve. The gradient norm rises one to five steps before it; some tens of steps later both are
+back where they were. Often harmless, sometimes the first of many, each a little higher.
+
+Why
+A batch unlike the others (repeated text, garbage, a wrong mask), or a direction in which Adam's second moment had become
+small, so that an ordinary gradient made an enormous step.
+
+Tell apart
+exploding-gradients: it does not come back.
+A rise together with a rise of the learning rate is a warm restart, and a jump without a leading gradient that decays slowly
+is a change of the data: neither is this.
+
+Cure
+Clip gradients; skip an update whose norm is ten times the running median; look at the named batch. Large runs go back about
+100 steps and leave out the batches around the spike.
+
+Sources
+Lead and size: BLOOM chronicles, 2022-04-12 (norm 0.24 to 960 in five steps, loss 2.2 to 5.1 three steps later, recovered in
+thirty). Robust z over 10: the alarm limit of trainscope, and 4 times ZClip's clipping point (Kumar et al. 2025).
+Roll back and skip: Chowdhery et al. 2022 (PaLM), section 5.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sickbay.core.chart import Chart, Reading
+from sickbay.core.condition import Condition
+from sickbay.core.diagnosis import Diagnosis, Evidence, Threshold, number
+from sickbay.core.robust import median, robust_z
+
+OUTLIER = Threshold(10.0, "robust standard deviations", source="z > 10 of median and MAD; BLOOM's spike has z > 100")
+RISE = Threshold(
+    0.1, "share of the first loss", source="calibration: a jump that undoes less than a tenth of the way is noise of rare batches"
+)
+RECOVERED = Threshold(0.5, "share of the jump", source="half way back within RECOVERY steps; BLOOM was wholly back after 30")
+RESTART = Threshold(1.3, "x learning rate", source="calibration: decaying schedules never rise; restarts and new phases do")
+HISTORY, FEWEST, LEAD, RECOVERY, BRIEF = 50, 20, 5, 50, 3  # steps
+
+
+def diagnose(chart: Chart) -> Diagnosis | None:
+    losses = chart["loss"].finite()
+    for index in range(FEWEST, len(losses) - 1):
+        past = losses.values[max(0, index - HISTORY) : index]
+        spike: Reading = losses[index]
+        middle, z = median(past), robust_z(spike.value, past)
+        start = max(median(losses.values[:3]), middle)
+        if not z > OUTLIER or not spike.value - middle > RISE * start or _restarted(chart, spike.step):
+            continue
+        back = _back(losses.values[index + 1 : index + 1 + RECOVERY], middle, spike.value)
+        lead = _lead(chart, spike.step)
+        if back is None or (lead is None and back > BRIEF):
+            continue
+        led = f"; the gradient norm was {number(lead.value)} at step {lead.step} before it" if lead is not None else ""
+        return Diagnosis(
+            summary=f"the loss jumped from {number(middle)} to {number(spike.value)} at step {spike.step} "
+            f"({number(z)} robust standard deviations) and was back after {back} steps{led}",
+            evidence=tuple(Evidence(r, limit) for r, limit in ((spike, middle + (spike.value - middle) * OUTLIER / z), (lead, None)) if r),
+            severity="warning",
+            step=lead.step if lead is not None else spike.step,
+            where=spike.where,
+            source=spike.source,
+        )
+    return None
+
+
+def _back(after: list[float], middle: float, top: float) -> int | None:
+    """Steps until the loss is half way back; None if it stays up."""
+    level = middle + RECOVERED * (top - middle)
+    return next((count for count, value in enumerate(after, start=1) if value < level), None)
+
+
+def _lead(chart: Chart, step: int) -> Reading | None:
+    """The first gradient norm out of its own band in the LEAD steps before `step`."""
+    norms = chart["grad_norm"].finite()
+    calm = norms.between(step - HISTORY, step - LEAD - 1).values
+    return next((r for r in norms.between(step - LEAD, step - 1) if len(calm) >= FEWEST // 2 and robust_z(r.value, calm) > OUTLIER), None)
+
+
+def _restarted(chart: Chart, step: int) -> bool:
+    rates = chart["learning_rate"].between(step - HISTORY // 2, step).values
+    return len(rates) > 1 and rates[-1] > RESTART * min(rates)
+
+
+def inject(case: Any) -> Any:
+    """Two garbage batches late in the run: random ids."""
+
+    def batches(sick: Any, split: str) -> Any:
+        import torch
+
+        noise = torch.Generator().manual_seed(sick.seed)
+        first = 3 * sick.steps * sick.accumulation // 4
+        for index, (ids, targets) in enumerate(case.batches(sick, split)):
+            garbage = split == "train" and first <= index < first + 2 * sick.accumulation
+            yield (ids, torch.randint(sick.config.vocab_size, targets.shape, generator=noise)) if garbage else (ids, targets)
+
+    return case.but(batches=batches, steps=max(case.steps, 120))
+
+
+condition = Condition(
+    id="loss-spike",
+    symptom="the loss jumps far out of its own band and comes back",
+    needs=("loss",),
+    uses=("grad_norm", "learning_rate"),
+    diagnose=diagnose,
+    prescribes=("clip-gradients", "skip-spike-batch"),
+    inject=inject,
+    after_step=FEWEST,
+)

@@ -1,0 +1,30 @@
+"""Statistics that one wild value cannot bend: medians, and distances in median absolute deviations."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+MAD_TO_SIGMA = 1.4826  # makes the MAD of a normal sample its standard deviation: Rousseeuw & Croux 1993
+FLOOR = 0.01  # share of the median below which a spread counts as rounding, so that constant series have a finite z
+
+
+def finite(values: Sequence[float]) -> list[float]:
+    """`values` without NaN and infinities."""
+    return [value for value in values if abs(value) < float("inf")]
+
+
+def median(values: Sequence[float]) -> float:
+    """The median of the finite `values`; NaN if there is none."""
+    kept = finite(values)
+    return statistics.median(kept) if kept else float("nan")
+
+
+def robust_z(value: float, history: Sequence[float]) -> float:
+    """How many robust standard deviations `value` lies above the median of `history`; NaN without a finite history."""
+    middle = median(history)
+    spread = median([abs(past - middle) for past in finite(history)]) * MAD_TO_SIGMA
+    scale = max(spread, FLOOR * abs(middle))
+    if not scale > 0:
+        return float("nan") if middle != middle else (0.0 if value <= middle else float("inf"))
+    return (value - middle) / scale
