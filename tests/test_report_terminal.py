@@ -9,10 +9,10 @@ import report_samples as samples
 from rich.cells import cell_len
 
 from sickbay import registry
-from sickbay.core.chart import Chart
+from sickbay.core.chart import Chart, Reading
 from sickbay.core.diagnosis import Checkup
 from sickbay.report import markdown, terminal
-from sickbay.report.words import duration, ended, one_line, shorten
+from sickbay.report.words import duration, ended, num_steps, one_line, shorten
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +134,14 @@ def test_words():
     assert ended({"ended": "failed", "exit_code": 3}) == "failed (exit code 3)"
     assert ended({"ended": "finished", "exit_code": 0}) == "finished"
     assert ended({}) == ""
+
+
+def test_the_number_of_steps_is_the_recorded_one_or_counted_from_the_updates():
+    updates = [Reading(step, "learning_rate", 1e-3) for step in range(20)]
+    failed = Reading(20, "exception", 1.0)  # in the forward of a step that never came
+    assert num_steps(Chart([*updates, failed])) == 20
+    assert num_steps(Chart([*updates, failed], {"steps": 7})) == 7
+    assert num_steps(Chart()) == 0
 
 
 def test_markdown_shows_findings_and_disarms_the_runs_strings():

@@ -107,7 +107,7 @@ def _thin(steps: list[int], curves: list[dict[int, float]]) -> list[int]:
         for curve in curves:
             present = [step for step in here if step in curve]
             finite = [step for step in present if math.isfinite(curve[step])]
-            kept.update(present[:1] if len(finite) < len(present) else [])
+            kept.update([step for step in present if not math.isfinite(curve[step])][:1])
             if finite:
                 kept.update((min(finite, key=curve.__getitem__), max(finite, key=curve.__getitem__)))
     return sorted(kept)

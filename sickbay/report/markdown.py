@@ -7,7 +7,7 @@ import re
 from sickbay import registry
 from sickbay.core.chart import Chart
 from sickbay.core.diagnosis import Checkup, Diagnosis
-from sickbay.report.words import by_reason, ended, one_line, problem_texts, verdict_line
+from sickbay.report.words import by_reason, ended, num_steps, one_line, problem_texts, verdict_line
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|<>~@&$])")
 
@@ -18,7 +18,7 @@ def markdown(chart: Chart, checkup: Checkup) -> str:
     how = ended(chart.facts)
     lines = [f"## {verdict_line(checkup)}", ""]
     if script:
-        lines += [f"{code(script)}, {chart.facts.get('steps', chart.last_step)} optimizer steps" + (f", {literal(how)}" if how else ""), ""]
+        lines += [f"{code(script)}, {num_steps(chart):,} optimizer steps" + (f", {literal(how)}" if how else ""), ""]
     for rank, diagnosis in enumerate(checkup.diagnoses, 1):
         lines += [*_finding(rank, diagnosis), ""]
     lines += [f"Healthy: {len(checkup.healthy)}. Not examined: {len(checkup.unexamined)}.", ""]

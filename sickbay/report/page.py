@@ -119,7 +119,7 @@ def _facts(chart: Chart) -> list[tuple[str, str]]:
     seconds = run["seconds"]
     rows = [
         ("ended", ended(chart.facts)),
-        ("optimizer steps", f"{run['steps']:,}" if isinstance(run["steps"], int) else run["steps"]),
+        ("optimizer steps", f"{run['steps']:,}"),
         ("time", duration(float(seconds)) if isinstance(seconds, (int, float)) else ""),
         ("device", run["device"]),
         ("torch", run["torch"]),

@@ -13,6 +13,7 @@ from typing import Any
 from sickbay import registry
 from sickbay.core.chart import Chart
 from sickbay.core.diagnosis import Checkup, Diagnosis, Evidence
+from sickbay.report.words import num_steps
 
 SCHEMA = 1
 NOT_MEASURED = {"share_of_step_time": None, "how": "not measured"}
@@ -47,7 +48,7 @@ def run(chart: Chart) -> dict[str, Any]:
         "argv": jsonable(facts.get("argv") or []),
         "started": jsonable(facts.get("started")),
         "seconds": jsonable(facts.get("seconds")),
-        "steps": jsonable(facts.get("steps", chart.last_step)),
+        "steps": num_steps(chart),
         "exit_code": jsonable(facts.get("exit_code")),
         "signal": jsonable(facts.get("signal")),
         "ended": jsonable(facts.get("ended")),

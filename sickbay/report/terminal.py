@@ -14,7 +14,7 @@ from rich.text import Text
 from sickbay import registry
 from sickbay.core.chart import Chart
 from sickbay.core.diagnosis import Checkup, Diagnosis, number
-from sickbay.report.words import by_reason, duration, ended, one_line, problem_texts, shorten, verdict_line
+from sickbay.report.words import by_reason, duration, ended, num_steps, one_line, problem_texts, shorten, verdict_line
 
 MAX_LINES = 40
 PLAIN_WIDTH = 100
@@ -89,8 +89,8 @@ def _left_out(diagnoses: Sequence[Diagnosis], width: int) -> list[Text]:
 def _headline(chart: Chart) -> Text:
     facts = chart.facts
     script = shorten(one_line(facts.get("script") or ""), LONGEST_NAME)
-    steps = facts.get("steps", chart.last_step)
-    what = f"{steps} optimizer step{'' if steps == 1 else 's'}"
+    steps = num_steps(chart)
+    what = f"{steps:,} optimizer step{'' if steps == 1 else 's'}"
     if isinstance(facts.get("seconds"), (int, float)):
         what += f" in {duration(float(facts['seconds']))}"
     how = shorten(ended(facts), LONGEST_NAME)

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+from sickbay.core.chart import Chart
 from sickbay.core.diagnosis import Checkup
 
 LONGEST = 2000
@@ -48,6 +49,14 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours:,} h {minutes} min"
+
+
+def num_steps(chart: Chart) -> int:
+    """How many optimizer steps the run took: as recorded, else one more than the number of the last that updated (steps count from 0)."""
+    if isinstance(chart.facts.get("steps"), int):
+        return int(chart.facts["steps"])
+    last = [chart[signal][-1].step for signal in ("learning_rate", "grad_norm") if len(chart[signal])]
+    return max(last) + 1 if last else chart.last_step
 
 
 def ended(facts: Mapping[str, Any]) -> str:
