@@ -74,7 +74,7 @@ class RecordWriter:
         self._layouts: dict[int, tuple[str, tuple[str, ...]]] = {}
         self._ids = itertools.count()
         self._scalars: list[float] = []
-        self._extras: list[tuple[int, int, float, Any]] = []
+        self._extras: list[str] = []
         self._tables: list[tuple[int, bytes]] = []
         self._batch: list[Statement] = []
         self._slots = EventSlots()
@@ -114,20 +114,20 @@ class RecordWriter:
         try:
             number = float(value)
             event = SIGNALS[signal].event
-            kept = _short(note) if note else None
+            text = _note_text(note) if note else ""
             with self._lock:
                 at = self.step if step is None else int(step)
                 if event:
-                    self._event(at, signal, number, where, kept, source)
+                    self._event(at, signal, number, where, text, source)
                     return
                 key = (signal, where, source)
                 channel = self._channels.get(key)
                 if channel is None:
                     channel = self._channel(key)
-                if kept is None and step is None:
+                if not text and step is None:
                     self._scalars.extend((channel, number))
                 else:
-                    self._extras.append((channel, at, number, kept))
+                    self._extras.append(f"[{channel},{at},{to_text(number)},{text or 'null'}]")
                 if len(self._scalars) > 2 * MAX_PENDING or len(self._extras) > MAX_PENDING:
                     self._commit()
         except Exception as problem:
@@ -232,9 +232,8 @@ class RecordWriter:
             self._layout_ids[key] = layout
         return self._layout_ids[key]
 
-    def _event(self, step: int, signal: str, value: float, where: str, note: Any, source: str) -> None:
+    def _event(self, step: int, signal: str, value: float, where: str, text: str, source: str) -> None:
         slot, number = self._slots.slot(signal, room=self._event_bytes < self._max_bytes * EVENTS_SHARE)
-        text = to_text(note) if note else ""
         self._event_bytes += len(text) + len(where) + len(source) + 80
         seconds = time.monotonic() - self.started
         self._batch.append((_EVENT, (slot, number, step, signal, value, _ascii(where), text, _ascii(source), seconds)))
@@ -266,7 +265,7 @@ class RecordWriter:
         if parts:
             tables = struct.pack(f"<{len(parts) + 1}I", len(parts), *[layout for layout, _ in parts])
             tables += b"".join([values for _, values in parts])
-        extras = to_text(readings) if readings else ""
+        extras = f"[{','.join(readings)}]" if readings else ""
         self._batch.append((_STEP, (self.step, self.step, time.monotonic() - self.started, scalars, tables, extras)))
         return len(scalars) + len(tables) + len(extras) + 40
 
@@ -349,14 +348,15 @@ class RecordWriter:
                 self.memory.add(Reading(step, signal, value, where, note or {}, source, row.seconds))
 
 
-def _short(note: Mapping[str, Any]) -> Any:
-    """`note` as the record gives it back; long lists and texts in it cut until it has at most MAX_NOTE characters."""
-    text = to_text(note)
-    kept, limit = from_text(text), 1_024
-    while len(text) > MAX_NOTE and limit:
-        kept = _cut(kept, limit)
-        text, limit = to_text(kept), limit // 2
-    return kept
+def _note_text(note: Mapping[str, Any]) -> str:
+    """`note` as JSON; long lists and texts in it are cut until it has at most MAX_NOTE characters."""
+    text, limit = to_text(note), 1_024
+    if len(text) > MAX_NOTE:
+        kept = from_text(text)
+        while len(text) > MAX_NOTE and limit:
+            kept = _cut(kept, limit)
+            text, limit = to_text(kept), limit // 2
+    return text
 
 
 def _cut(value: Any, limit: int) -> Any:
