@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ _LIBRARY_MARKS = ("/site-packages/", "/dist-packages/", "/lib/python3", "<frozen
 class ForwardCall:
     """One call of an outermost module: enough to run it again exactly.
 
-    `args`, `kwargs`: references, not copies. `rng`: torch's CPU generator state before the call.
+    `args`, `kwargs`: references, not copies. `rng`: torch's CPU generator state before the call. `spent`: its backward has run.
     """
 
     module: nn.Module
@@ -32,12 +32,16 @@ class ForwardCall:
     source: str
     autocast: tuple[str, torch.dtype] | None = None
     finished: bool = False
+    spent: bool = False
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
 @dataclass
 class LossCall:
-    """One call of a loss function: `logits` as given, `targets` as given; `name` is the functional's name."""
+    """One call of a loss function: `logits` as given, `targets` as given; `name` is the functional's name.
+
+    Once `spent` (its backward has run) `logits` is a meta tensor: shape and dtype only.
+    """
 
     name: str
     logits: Tensor
@@ -48,6 +52,7 @@ class LossCall:
     source: str
     grad_enabled: bool
     smoothing: float = 0.0
+    spent: bool = False
 
 
 class Patient:
@@ -66,6 +71,8 @@ class Patient:
         self.distributed = False
         self.scale = 1.0
         self.finished_backwards = 0
+        self.functional: Callable[[], Any] | None = None
+        self.dead_units: dict[str, set[int]] = {}
 
     @property
     def root(self) -> nn.Module | None:
@@ -78,6 +85,16 @@ class Patient:
     def training_calls(self) -> list[ForwardCall]:
         """The finished forwards with gradient since the last backward."""
         return [call for call in self.calls if call.grad_enabled and call.finished]
+
+    def spend(self) -> None:
+        """After a backward: keep the newest forward and loss for replay, and let go of everything that holds activations."""
+        self.calls = [call for call in self.calls if call.grad_enabled][-1:]
+        self.losses = [call for call in self.losses if call.grad_enabled][-1:]
+        for call in self.calls:
+            call.spent = True
+        for loss in self.losses:
+            if not loss.spent:
+                loss.logits, loss.value, loss.spent = torch.empty_like(loss.logits, device="meta"), loss.value.detach(), True
 
     def forget_step(self) -> None:
         """Drop every reference to this step's tensors."""

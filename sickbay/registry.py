@@ -8,13 +8,15 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 import sickbay.conditions
 import sickbay.treatments
-from sickbay.core.condition import CHAPTERS, HEADINGS, Condition
-from sickbay.core.diagnosis import Diagnosis
+from sickbay.core.condition import CHAPTERS, HEADINGS, Condition, checkup
+from sickbay.core.diagnosis import Checkup, Diagnosis
 from sickbay.core.errors import MalformedCondition, UsageError
+from sickbay.core.reader import load_chart
 from sickbay.core.treatment import Treatment
 
 
@@ -77,3 +79,17 @@ def treatment_for(diagnosis: Diagnosis) -> Treatment | None:
 def _modules(package: ModuleType) -> list[ModuleType]:
     names = sorted(info.name for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".") if not info.ispkg)
     return [importlib.import_module(name) for name in names]
+
+
+def explain(id_: str) -> str:
+    """The text of condition `id_`: what it looks like, why, how to tell it apart, its cure and sources. Raises UsageError with near names."""
+    found = conditions().get(id_)
+    if found is None:
+        check_name(id_)
+        raise UsageError(f"{id_!r} is a chapter: `sickbay list` shows its conditions")
+    return found.doc
+
+
+def diagnose(folder: str | Path, select: Iterable[str] = (), ignore: Iterable[str] = ()) -> Checkup:
+    """The checkup over the run recorded in `folder`, without torch. Raises RecordError when there is no readable record."""
+    return checkup(load_chart(folder), chosen(select, ignore))

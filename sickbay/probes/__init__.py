@@ -1,1 +1,1 @@
-"""Passive observers: each hooks one thing, writes readings, and leaves no trace when detached."""
+"""Passive observers: each listens to the loop's events, writes readings, and leaves no trace when detached."""

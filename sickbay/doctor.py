@@ -1,0 +1,205 @@
+"""The watch over one training run: attaches every probe when torch arrives, and takes everything off again at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sickbay import registry
+from sickbay.core.chart import Chart
+from sickbay.core.condition import checkup
+from sickbay.core.diagnosis import Checkup
+from sickbay.core.reader import chart_of
+from sickbay.core.record import RecordWriter
+from sickbay.core.settings import Settings, switched_off
+from sickbay.report.write import write_report
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PROBES = ("losses", "gradients", "order", "updates", "parameters", "batches", "scaling", "exceptions")
+
+
+class Watch:
+    """One run under observation. `record`: where it is written; `checkup()`: what is found so far."""
+
+    def __init__(self, settings: Settings, rank: int = 0) -> None:
+        self.settings = settings
+        self.record = RecordWriter(settings.out, rank, settings.max_record_bytes)
+        self._loop: Any = None
+        self._patient: Any = None
+        self._detach: list[Callable[[], None]] = []
+        self._began = time.monotonic()
+        self._finished = False
+        self.record.fact("rank", rank)
+        self.record.fact("watched", False)
+
+    def attach(self) -> None:
+        """Hook torch, which must be imported. A probe that cannot attach is named in the report; the others go on."""
+        from sickbay.patient import Patient
+        from sickbay.probes.loop import Loop
+
+        self._patient = Patient()
+        self._loop = Loop(self._patient, self.record)
+        self._began = time.monotonic()
+        self._loop.attach()
+        self._detach.append(self._loop.detach)
+        for name in PROBES:
+            self._attach_one(f"sickbay.probes.{name}", lambda module: module.attach(self._patient, self.record, self._loop))
+        self._attach_one("sickbay.examiner", lambda module: module.attach(self._patient, self.record, self._loop, self.settings.out))
+        self.record.fact("watched", True)
+        self._note_machine()
+        self.record.flush()
+
+    def _attach_one(self, module_name: str, attach: Callable[[Any], Callable[[], None]]) -> None:
+        try:
+            self._detach.append(attach(importlib.import_module(module_name)))
+        except Exception as problem:
+            self._loop.problems.append({"probe": module_name.rsplit(".", 1)[-1], "event": "attach", "step": 0, "error": f"{type(problem).__name__}: {problem}"})
+            self.record.fact("problems", self._loop.problems)
+
+    def _note_machine(self) -> None:
+        torch = sys.modules["torch"]
+        self.record.fact("torch", torch.__version__)
+        self.record.fact("device", "cuda" if torch.cuda.is_available() else "cpu")
+        self.record.fact("world_size", int(os.environ.get("WORLD_SIZE") or 1))
+
+    def given(self, model: nn.Module | None, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Make known what the user handed over."""
+        if model is not None:
+            self._patient.roots.add(model)
+        for optimizer in optimizers:
+            self._loop.emit("optimizer_created", optimizer)
+
+    def finish(self, ended: str = "finished", exception: BaseException | None = None) -> None:
+        """Stop watching, whatever state the run is in; the record is complete afterwards. Never raises."""
+        if self._finished:
+            return
+        self._finished = True
+        steps = self.record.step
+        try:
+            if self._loop is not None:
+                if isinstance(exception, Exception):
+                    self._loop.emit("failed", exception)
+                self._loop.emit("finish")
+                self.record.fact("overhead", self._overhead())
+                self.record.fact("problems", self._loop.problems)
+        except Exception as problem:
+            self.record.fact("problems", [{"probe": "watch", "event": "finish", "step": steps, "error": repr(problem)[:300]}])
+        finally:
+            self._take_off()
+            self.record.fact("steps", steps)
+            self.record.fact("ended_inside", ended)
+            if self.record.stopped:
+                self.record.fact("recording", self.record.stopped)
+            self.record.close()
+
+    def _take_off(self) -> None:
+        while self._detach:
+            with contextlib.suppress(Exception):
+                self._detach.pop()()
+
+    def _overhead(self) -> dict[str, Any]:
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        share = self._loop.seconds / elapsed
+        return {"share_of_step_time": round(share, 4), "seconds": round(self._loop.seconds, 3), "how": "time inside sickbay's own hooks and exams over the time since torch was imported"}
+
+    def chart(self) -> Chart:
+        """Everything recorded so far."""
+        return chart_of(self.record)
+
+    def checkup(self) -> Checkup:
+        """The verdicts over everything recorded so far."""
+        return checkup(self.chart(), registry.chosen(self.settings.select, self.settings.ignore))
+
+
+class _WhenTorchArrives(importlib.abc.MetaPathFinder):
+    """Attaches the watch right after torch's own import, so that a script without torch pays nothing."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch":
+            return None
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torch")
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            try:
+                self._watch.attach()
+            except Exception as problem:
+                self._watch.record.fact("problems", [{"probe": "watch", "event": "attach", "step": 0, "error": repr(problem)[:300]}])
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def start(settings: Settings, rank: int = 0) -> Watch:
+    """A watch that attaches by itself as soon as torch is there. Never raises once the record is open."""
+    watch = Watch(settings, rank)
+    if "torch" in sys.modules:
+        watch.attach()
+    else:
+        sys.meta_path.insert(0, _WhenTorchArrives(watch))
+    return watch
+
+
+@contextlib.contextmanager
+def watch(
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> Iterator[Watch]:
+    """Watch the training inside the block; on leaving every hook is gone and the run's folder holds record and report.
+
+    `model`, `optimizer`: only needed when they were made before; others are found by themselves.
+    `out`: the run's folder (default `sickbay-runs/<time>`). Raises UsageError for unknown names in `select`/`ignore`.
+    """
+    import torch  # noqa: F401  (the block trains with it anyway)
+
+    registry.chosen(select, ignore)
+    folder = Path(out) if out is not None else Path("sickbay-runs") / time.strftime("%Y%m%d-%H%M%S")
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    doctor = Watch(Settings(out=str(folder), select=tuple(select), ignore=tuple(ignore)), int(os.environ.get("RANK") or 0))
+    if not switched_off():
+        doctor.attach()
+        doctor.given(model, [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer])
+    started = time.time()
+    failure: BaseException | None = None
+    try:
+        yield doctor
+    except BaseException as problem:
+        failure = problem
+        raise
+    finally:
+        doctor.record.fact("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)))
+        doctor.record.fact("seconds", round(time.time() - started, 3))
+        doctor.record.fact("ended", "finished" if failure is None else "failed")
+        doctor.finish("finished" if failure is None else "failed", failure)
+        _write(doctor, folder)
+
+
+def _write(doctor: Watch, folder: Path) -> None:
+    """Leave the report beside the record; a failure to do so is the report's loss, not the training's."""
+    with contextlib.suppress(Exception):
+        chart = doctor.chart()
+        write_report(folder, chart, checkup(chart, registry.chosen(doctor.settings.select, doctor.settings.ignore)))

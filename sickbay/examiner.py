@@ -1,0 +1,161 @@
+"""Decides when the active questions are asked, so that they cost little and come as soon as there is something to ask."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sickbay.core.record import RecordWriter
+from sickbay.exams import internals, masks, missing_gradient, nonfinite
+from sickbay.exams.fork import NoAnswer, can_fork
+from sickbay.patient import Patient
+from sickbay.probes import loss_lines
+from sickbay.probes.loop import Loop
+
+SIGNALS = (*masks.SIGNALS, *internals.SIGNALS, "first_nonfinite")
+
+_MASKS_AT = (0, 1, 2, 5, 20, 100)
+_INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
+_SHARE = 0.02  # of the run's time that exams after the first ones may take
+_TRACES = 2  # non-finite values traced before the rest is left alone
+
+
+@dataclass
+class Asked:
+    """What one model has been asked so far: how many forwards it made, how often each question was put, which signals have an answer."""
+
+    forwards: int = 0
+    masks: int = 0
+    internals: int = 0
+    settled: set[str] = field(default_factory=set)
+
+
+class Examiner:
+    """Asks about masks, labels and internals at a few steps, and for the origin of the first non-finite value."""
+
+    SIGNALS = SIGNALS
+
+    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop, folder: str | None) -> None:
+        self.patient, self.record, self.loop, self.folder = patient, record, loop, folder
+        self._asked: weakref.WeakKeyDictionary[nn.Module, Asked] = weakref.WeakKeyDictionary()
+        self._functional = Asked()
+        self._stretch = nonfinite.Stretch()
+        self._lines = loss_lines.LossLines(patient)
+        self._began = time.monotonic()
+        self._spent = 0.0
+        self._traces = 0
+        self._stepped_nonfinite = False
+
+    # --- the loop's events ----------------------------------------------------------------------------------------
+    def forward_begin(self, call: Any) -> None:
+        self._lines.end()
+
+    def forward_end(self, call: Any, output: Any) -> None:
+        if call.grad_enabled and self.record.step < 2:
+            self._lines.begin()
+
+    def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        self._lines.end()
+        if kind == "func" or loss is None or loss.numel() != 1:
+            return
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            self._trace("loss", loss)
+            return
+        calls = self.patient.training_calls()
+        self._stretch.note(loss, bool(calls))
+        self._examine(self._asked.setdefault(calls[-1].module, Asked()) if calls else self._functional, loss)
+
+    def backward_end(self, loss: Tensor | None, kind: str) -> None:
+        if not self.patient.roots and self.record.step < 2:
+            self._lines.begin()
+
+    def functional(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.patient.functional = lambda: function(*args, **kwargs)
+        self._examine(self._functional, None)
+
+    def nonfinite(self, what: str, loss: Tensor | None) -> None:
+        self._trace(what, loss)
+
+    def round_end(self, step: int) -> None:
+        self._stretch.forget()
+        self.patient.functional = None
+
+    # --- questions --------------------------------------------------------------------------------------------------
+    def _examine(self, asked: Asked, loss: Tensor | None) -> None:
+        forwards, asked.forwards = asked.forwards, asked.forwards + 1
+        affordable = forwards < 3 or self._spent < _SHARE * (time.monotonic() - self._began)
+        if asked.masks < len(_MASKS_AT) and forwards >= _MASKS_AT[asked.masks] and affordable:
+            asked.masks += 1
+            self._write(asked, masks.SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
+        if asked.internals < len(_INTERNALS_AT) and forwards >= _INTERNALS_AT[asked.internals] and affordable:
+            asked.internals += 1
+            self._write(asked, internals.SIGNALS, lambda: internals.examine(self.patient, self.record.step))
+
+    def _write(self, asked: Asked, signals: tuple[str, ...], question: Callable[[], Any]) -> None:
+        answer = self._ask(question)
+        if isinstance(answer, NoAnswer):
+            for signal in signals:
+                if signal not in asked.settled:
+                    self.record.unobserved(signal, answer.reason)
+            return
+        for reading in answer:
+            asked.settled.add(reading["signal"])
+            self.record.read(reading["signal"], reading["value"], where=reading.get("where", ""), note=reading.get("note"), source=reading.get("source", ""))
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """`question()`'s answer with the probes silent; its time is counted against the budget."""
+        began = time.monotonic()
+        losses, calls = self.patient.losses, self.patient.calls
+        self.patient.losses, self.patient.calls = list(losses), list(calls)
+        self.patient.muted = True
+        try:
+            return question()
+        except Exception as problem:
+            return NoAnswer(f"the question failed: {type(problem).__name__}: {problem}"[:300])
+        finally:
+            self.patient.muted = False
+            self.patient.losses, self.patient.calls = losses, calls
+            self._spent += time.monotonic() - began
+
+    def _trace(self, what: str, loss: Tensor | None) -> None:
+        if not self._stepped_nonfinite:
+            self._stepped_nonfinite = True
+            self.record.read("nonfinite_step", 1, note={"what": what})
+        if self._traces >= _TRACES:
+            return
+        self._traces += 1
+        answer = self._ask(lambda: nonfinite.locate(self.patient, what, loss, self._stretch, self.folder))
+        if isinstance(answer, NoAnswer):
+            self.record.unobserved("first_nonfinite", answer.reason)
+        else:
+            self.record.read("first_nonfinite", answer.value, where=answer.where, note=answer.note, source=answer.source)
+
+    def gradient_absent(self, names: list[str], backwards: int) -> None:
+        """Trainable parameters never got a gradient: does the output depend on them?"""
+        answer = self._ask(lambda: missing_gradient.examine(self.patient, names))
+        found = answer if isinstance(answer, dict) else {"changes_output": None, "op": "", "reason": getattr(answer, "reason", "")}
+        note = {"names": names[:32], "backwards": backwards, **found}
+        self.record.read("gradient_absent", len(names), where=names[0], note=note, source=found.get("source", ""))
+
+    def detach(self) -> None:
+        self._lines.end()
+
+
+def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | None) -> Callable[[], None]:
+    """From now on questions are asked when they are due."""
+    reason = can_fork()
+    if reason and not torch.cuda.is_available():
+        for signal in SIGNALS:
+            record.unobserved(signal, reason)
+        return lambda: None
+    examiner = Examiner(patient, record, loop, folder)
+    for event in ("forward_begin", "forward_end", "backward_begin", "backward_end", "functional", "nonfinite", "gradient_absent", "round_end"):
+        loop.on(event, examiner, getattr(examiner, event))
+    return examiner.detach

@@ -1,0 +1,163 @@
+"""Looks inside one forward pass: how attention scores are scaled, what is normalised, how large activations are, which units are dead."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sickbay.exams import fork
+from sickbay.exams.attention import Attention, attentions
+from sickbay.exams.trace import Operation, batch_size, rerun
+from sickbay.patient import ForwardCall, Patient, bare, tensors_in
+
+SIGNALS = (
+    "activation_rms",
+    "normalization_ops",
+    "attention_scale",
+    "attention_logit_max",
+    "attention_entropy",
+    "dead_units",
+)
+
+_NORMALISING = frozenset(
+    "native_layer_norm _fused_rms_norm native_batch_norm native_group_norm _native_batch_norm_legit cudnn_batch_norm rsqrt std var var_mean "
+    "std_mean linalg_vector_norm norm rms_norm".split()
+)
+_RECTIFYING = frozenset(("relu", "relu_", "threshold", "clamp_min", "clamp_min_"))
+_ROWS = 4
+_TIMEOUT = 30.0
+
+
+def examine(patient: Patient, step: int) -> list[dict[str, Any]] | fork.NoAnswer:
+    """Readings of this step's training forward, made in a forked copy; NoAnswer says why there are none."""
+    calls = [call for call in patient.training_calls() if not call.spent] or patient.training_calls()
+    if not calls and patient.functional is None:
+        return fork.NoAnswer("no forward pass through one outermost module was seen")
+    found = fork.ask(lambda: _look(calls[-1] if calls else None, patient), _TIMEOUT)
+    if isinstance(found, fork.NoAnswer):
+        return found
+    return [_with_history(patient, reading) for reading in found]
+
+
+def _with_history(patient: Patient, reading: dict[str, Any]) -> dict[str, Any]:
+    """Adds to `dead_units` the share of units that no exam so far has seen alive."""
+    if reading["signal"] == "dead_units":
+        dead = set(reading["note"].pop("dead"))
+        before = patient.dead_units.get(reading["where"])
+        patient.dead_units[reading["where"]] = still = dead if before is None else dead & before
+        reading["note"]["all_dead_so_far"] = len(still) / max(1, reading["note"]["units"])
+    return reading
+
+
+def _look(call: ForwardCall | None, patient: Patient) -> list[dict[str, Any]]:
+    rms: list[tuple[str, float]] = []
+    if call is None:
+        operations = _trace_function(patient)
+        blocks: dict[int, str] = {}
+    else:
+        blocks = _blocks(bare(call.module))
+        handle = nn.modules.module.register_module_forward_hook(lambda m, _, out: _note_rms(rms, blocks, m, out))
+        operations = _forward(call)
+        handle.remove()
+    seen = attentions(operations)
+    readings = [
+        {"signal": "activation_rms", "value": value, "where": name, "note": {"depth": depth, "blocks": len(rms)}}
+        for depth, (name, value) in enumerate(rms)
+        if math.isfinite(value)
+    ]
+    kinds = [op.name for op in operations if op.name in _NORMALISING]
+    counted = {name: kinds.count(name) for name in dict.fromkeys(kinds)}
+    note = {"kinds": counted, "blocks": max(len(rms), len(seen))}
+    readings.append({"signal": "normalization_ops", "value": len(kinds), "note": note})
+    for attention in seen:
+        readings.extend(_attention_readings(attention))
+    readings.extend(_dead_units(operations))
+    return readings
+
+
+def _forward(call: ForwardCall) -> list[Operation]:
+    rows = _ROWS if batch_size(call) > _ROWS else None
+    if rows is not None:
+        try:
+            return rerun(call, rows=rows)[1]
+        except Exception:  # a forward with the batch size written into it
+            pass
+    return rerun(call)[1]
+
+
+def _trace_function(patient: Patient) -> list[Operation]:
+    from sickbay.exams.trace import ModulePath, Tracer
+
+    assert patient.functional is not None
+    with ModulePath(nn.Module()) as path, torch.enable_grad():
+        tracer = Tracer(path)
+        with tracer:
+            patient.functional()
+    return tracer.operations
+
+
+def _blocks(root: nn.Module) -> dict[int, str]:
+    """The repeated blocks: members of a ModuleList or Sequential that has at least two of the same class with parameters."""
+    found: dict[int, str] = {}
+    for name, holder in root.named_modules():
+        if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
+            continue
+        members = [(f"{name}.{key}" if name else key, part) for key, part in holder.named_children()]
+        if len(members) >= 2 and len({type(part) for _, part in members}) == 1 and next(members[0][1].parameters(), None) is not None:
+            if not isinstance(members[0][1], (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleDict)):
+                found.update((id(part), path) for path, part in members)
+    return found
+
+
+def _note_rms(rms: list[tuple[str, float]], blocks: dict[int, str], module: nn.Module, output: Any) -> None:
+    if id(module) in blocks:
+        tensor = next((t for _, t in tensors_in(output) if t.is_floating_point()), None)
+        if tensor is not None:
+            rms.append((blocks[id(module)], tensor.detach().float().pow(2).mean().sqrt().item()))
+
+
+def _attention_readings(attention: Attention) -> list[dict[str, Any]]:
+    place = {"where": attention.module, "source": attention.source}
+    note = {"head_dim": attention.head_dim, "factor": attention.factor, "steps": attention.steps, "declared": attention.declared}
+    readings: list[dict[str, Any]] = [
+        {"signal": "attention_scale", "value": attention.factor * math.sqrt(attention.head_dim), "note": note, **place}
+    ]
+    scores = attention.scores
+    if scores is not None and scores.numel():
+        scores = scores.detach().float()
+        visible = scores > -1e4
+        if bool(visible.any()):
+            readings.append({"signal": "attention_logit_max", "value": scores[visible].abs().max().item(), **place})
+            counts = visible.sum(-1)
+            probabilities = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1).nan_to_num()
+            entropy = torch.special.entr(probabilities).sum(-1)
+            many = counts > 1
+            if bool(many.any()):
+                share = torch.where(many, entropy / counts.clamp_min(2).float().log(), torch.nan)
+                by_head = share.nanmean(-1)
+                by_head = by_head.nanmean(0) if by_head.dim() > 1 else by_head
+                readings.append({"signal": "attention_entropy", "value": by_head.min().item(), **place})
+    return [reading for reading in readings if math.isfinite(reading["value"])]
+
+
+def _dead_units(operations: list[Operation]) -> list[dict[str, Any]]:
+    readings: list[dict[str, Any]] = []
+    for op in operations:
+        if op.name not in _RECTIFYING or not op.outputs or op.outputs[0].dim() < 2:
+            continue
+        if op.name != "relu" and op.name != "relu_" and any(scalar != 0 for scalar in op.scalars):
+            continue
+        output: Tensor = op.outputs[0].detach()
+        alive = (output > 0).reshape(-1, output.shape[-1]).any(0)
+        units = alive.numel()
+        if output.numel() // max(units, 1) < 32 or units > 65_536:
+            continue  # too few inputs to call a unit dead
+        dead = (~alive).nonzero().reshape(-1).tolist()
+        note = {"units": units, "dead": dead}
+        readings.append({"signal": "dead_units", "value": len(dead) / units, "where": op.module, "source": op.source, "note": note})
+    return readings
+
+

@@ -1,0 +1,105 @@
+"""Looks at what goes into the model: fingerprints of the batches, and the mode the model is in when they pass."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sickbay.core.record import RecordWriter
+from sickbay.patient import ForwardCall, Patient, bare, stochastic_modules, tensors_in
+from sickbay.probes.gradients import clean
+from sickbay.probes.loop import Loop
+
+SIGNALS = ("batch_repeat", "training_mode", "evaluation_mode")
+
+_SAMPLE = 2048  # elements of a tensor that make its fingerprint
+_MAX_KNOWN = 200_000
+
+
+class Batches:
+    """Writes how long ago the very same batch was trained on, and whether dropout was on where it should be off, or off where it should be on."""
+
+    SIGNALS = SIGNALS
+
+    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
+        self.patient, self.record = patient, record
+        self._seen: dict[int, int] = {}
+        self._last: tuple[int, int] = (0, -1)
+        self._stochastic: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, nn.Module]]] = weakref.WeakKeyDictionary()
+        self._modes: dict[tuple[int, bool], float] = {}
+        self._evaluations: dict[int, int] = {}
+        self._trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def forward_end(self, call: ForwardCall, output: Any) -> None:
+        if not call.grad_enabled and call.module in self._trained:
+            self._mode("evaluation_mode", call)
+
+    def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        calls = [call for call in self.patient.training_calls() if not call.spent]
+        for call in calls:
+            self._trained.add(call.module)
+        if not calls or kind == "func":
+            return
+        self._mode("training_mode", calls[-1])
+        self._repeat(*fingerprint((calls[0].args, calls[0].kwargs)))
+
+    def functional(self, function: Any, args: Any, kwargs: Any) -> None:
+        self._repeat(*fingerprint((args, kwargs)))
+
+    def _repeat(self, mark: int, storage: int) -> None:
+        if not mark or self._last[1] == self.record.step:
+            return
+        before = self._seen.get(mark)
+        same_object = storage == self._last[0]
+        self._last = (storage, self.record.step)
+        note = {"same_object": True} if same_object and before is not None else None
+        self.record.read("batch_repeat", 0 if before is None else self.record.step - before, note=note)
+        if len(self._seen) < _MAX_KNOWN:
+            self._seen[mark] = self.record.step
+
+    def _mode(self, signal: str, call: ForwardCall) -> None:
+        parts = self._stochastic.get(call.module)
+        if parts is None:
+            parts = self._stochastic[call.module] = stochastic_modules(bare(call.module))
+        if not parts:
+            return
+        share = sum(part.training for _, part in parts) / len(parts)
+        evaluating = signal == "evaluation_mode"
+        repeats = 1
+        if evaluating and share > 0:
+            mark = fingerprint((call.args, call.kwargs))[0]
+            repeats = self._evaluations[mark] = self._evaluations.get(mark, 0) + 1
+            if len(self._evaluations) > 64:
+                self._evaluations.pop(next(iter(self._evaluations)))
+        key = (id(call.module), evaluating)
+        if self._modes.get(key) != share + repeats:
+            self._modes[key] = share + repeats
+            modules = [clean(name) for name, part in parts if part.training == evaluating][:16]
+            note = {"modules": modules, "count": len(parts), "repeats": repeats}
+            self.record.read(signal, share, where=modules[0] if modules else "", note=note, source=call.source)
+
+
+def fingerprint(value: Any) -> tuple[int, int]:
+    """(checksum of the batch's first integer tensors, else of its floats; address of the first): equal batches have equal checksums, 0 = none."""
+    tensors = [tensor for _, tensor in tensors_in(value) if not tensor.requires_grad and tensor.device.type == "cpu" and tensor.numel() > 1]
+    whole = [tensor for tensor in tensors if not tensor.is_floating_point() and not tensor.is_complex()]
+    chosen = whole or [tensor for tensor in tensors if tensor.is_floating_point()]
+    mark, varied = 0, False
+    for tensor in chosen[:3]:
+        sample = tensor.detach().reshape(-1)[:_SAMPLE].contiguous()
+        varied = varied or bool((sample != sample[0]).any())
+        mark = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), mark + tensor.numel())
+    return (mark if varied else 0), (chosen[0].data_ptr() if chosen else 0)
+
+
+def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
+    """From now on batches are fingerprinted and modes compared."""
+    probe = Batches(patient, record, loop)
+    for event in ("forward_end", "backward_begin", "functional"):
+        loop.on(event, probe, getattr(probe, event))
+    return lambda: None

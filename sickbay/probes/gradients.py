@@ -1,0 +1,125 @@
+"""Reads loss and gradients at their cheapest moment: one norm per tensor and one host transfer just before the optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sickbay.core.record import RecordWriter
+from sickbay.patient import Patient
+from sickbay.probes.loop import Loop
+
+SIGNALS = ("loss", "grad_norm", "param_grad_norm", "clip_norm", "clip_on_scaled", "learning_rate", "nonfinite_step")
+
+
+class Gradients:
+    """Writes loss, learning rate, global and per-tensor gradient norms (before clipping, unscaled) every step."""
+
+    SIGNALS = SIGNALS
+
+    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
+        self.patient, self.record, self.loop = patient, record, loop
+        self._losses: list[float] = []
+        self._pending: list[Tensor] = []
+        self._shrink = 1.0
+        self._names: dict[int, tuple[str, ...]] = {}
+        self.nonfinite_seen = False
+
+    def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        if loss is None or loss.numel() != 1:
+            return
+        if loss.device.type == "cpu":
+            self._losses.append(loss.item() / self.patient.scale)
+        else:
+            self._pending.append(loss.detach() / self.patient.scale)
+
+    def clip(self, total: Any, max_norm: float, parameters: list[Tensor]) -> None:
+        norm = float(total) if not isinstance(total, Tensor) or total.device.type == "cpu" else math.nan
+        if self.patient.scale != 1.0:
+            self.record.read("clip_on_scaled", self.patient.scale, note={"max_norm": max_norm, "norm": norm})
+            norm /= self.patient.scale
+        if math.isfinite(norm) and max_norm > 0:
+            self.record.read("clip_norm", norm, note={"max_norm": max_norm})
+            if norm > max_norm:
+                self._shrink = max_norm / (norm + 1e-6)
+
+    def step_begin(self, optimizer: Any, late: bool) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group and not isinstance(group["lr"], Tensor)]
+        if rates:
+            self.record.read("learning_rate", max(rates))
+        dense = [p for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
+        norms = norms_of([p.grad for p in dense if p.grad is not None], self._pending)
+        norms, late_losses = norms[: len(dense)], norms[len(dense) :]
+        self._losses.extend(late_losses)
+        self._pending.clear()
+        if norms:
+            shown = [norm / self._shrink for norm in norms]
+            total = math.sqrt(sum(norm * norm for norm in shown)) if all(map(math.isfinite, shown)) else math.nan
+            self.record.read("grad_norm", total)
+            self.record.table("param_grad_norm", self._names_of(optimizer, dense), shown)
+            if not math.isfinite(total):
+                self.loop.emit("nonfinite", "gradient", None)
+        self._shrink = 1.0
+
+    def round_end(self, step: int) -> None:
+        if self._losses:
+            self.record.read("loss", sum(self._losses))
+            self._losses.clear()
+        self._shrink = 1.0
+
+    def _names_of(self, optimizer: Any, parameters: list[Tensor]) -> tuple[str, ...]:
+        key = hash((id(optimizer), len(parameters), id(parameters[0]), id(parameters[-1])))
+        names = self._names.get(key)
+        if names is None or len(names) != len(parameters):
+            known = parameter_names(self.patient)
+            names = self._names[key] = tuple(known.get(id(p), f"{type(optimizer).__name__}.param{i}") for i, p in enumerate(parameters))
+        return names
+
+
+def norms_of(tensors: list[Tensor], extra: list[Tensor]) -> list[float]:
+    """The fp32 L2 norms of `tensors` followed by the scalars `extra`, with one host transfer per device."""
+    found: list[float] = [0.0] * (len(tensors) + len(extra))
+    by_device: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_device.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for (_, dtype), indices in by_device.items():
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        group = [tensors[i].detach() for i in indices]
+        norms = torch._foreach_norm(group, 2, dtype=wide) if wide else torch._foreach_norm(group, 2)
+        for index, value in zip(indices, torch.stack(norms).tolist()):
+            found[index] = value
+    for index, value in enumerate(extra):
+        found[len(tensors) + index] = value.item()
+    return found
+
+
+def parameter_names(patient: Patient) -> dict[int, str]:
+    """Names by parameter identity, from the outermost modules seen; the wrapper's prefixes are left out."""
+    names: dict[int, str] = {}
+    for root in sorted(patient.roots, key=lambda module: sum(1 for _ in module.parameters()), reverse=True):
+        for name, parameter in named_parameters(root):
+            names.setdefault(id(parameter), name)
+    return names
+
+
+def named_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """`root.named_parameters()` without the prefixes that torch.compile and DistributedDataParallel add."""
+    return [(clean(name), parameter) for name, parameter in root.named_parameters()]
+
+
+def clean(name: str) -> str:
+    """A parameter or module path as the user wrote the model."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
+    """From now on every step's loss and gradient norms are written."""
+    probe = Gradients(patient, record, loop)
+    for event in ("backward_begin", "clip", "step_begin", "round_end"):
+        loop.on(event, probe, getattr(probe, event))
+    return lambda: None

@@ -1,0 +1,34 @@
+"""Walks autograd graphs: which leaves a loss reaches, and how far from the loss each lies."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+MAX_NODES = 200_000
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The leaf tensors that `loss.backward()` would give a gradient, nearest to the loss first."""
+    return [leaf for leaf, _ in leaves_with_distance(loss)]
+
+
+def leaves_with_distance(loss: Tensor) -> list[tuple[Tensor, int]]:
+    """Each leaf that gets a gradient from `loss` with its distance (graph edges) from the loss, nearest first."""
+    found: list[tuple[Tensor, int]] = []
+    start: Any = loss.grad_fn
+    if start is None:
+        return found
+    seen, queue = {start}, deque([(start, 0)])
+    while queue and len(seen) < MAX_NODES:
+        node, distance = queue.popleft()
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append((variable, distance))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append((following, distance + 1))
+    return found

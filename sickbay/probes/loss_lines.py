@@ -1,0 +1,120 @@
+"""The user's lines between the model's output and `backward`, learnt in a run's first steps for the day one of them makes a NaN.
+
+Autograd's nodes do not know where they were made. A torch-function mode does, at a few microseconds a call; it is on
+only for the first two steps, and a bad step's graph is then laid beside what was learnt.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sickbay.patient import user_line
+
+STEPS = 2
+MAX_SEGMENTS = 16
+MAX_NODES = 512
+
+# (node name, function name, user's file:line), one for each autograd node in the order they were made.
+Segment = list[tuple[str, str, str]]
+
+
+class LossLines:
+    """`begin()` where the model's forward ends, `end()` where backward begins; both may be called at any time, any number of times.
+
+    `segments`: what was learnt, one list for each stretch; nothing is added after `steps` of them have been seen by `end_step`.
+    """
+
+    def __init__(self, segments: list[Any] | None = None, steps: int = STEPS) -> None:
+        self.segments: list[Any] = [] if segments is None else segments
+        self._left = steps
+        self._mode: Recorder | None = None
+
+    def begin(self) -> None:
+        """The stretch after this call is recorded, unless enough was learnt, another function mode is active or code is being compiled. Never raises."""
+        self.end()
+        if self._left <= 0 or len(self.segments) >= MAX_SEGMENTS:
+            return
+        try:
+            if torch._C._len_torch_function_stack() == 0 and not torch.compiler.is_compiling():
+                mode = Recorder()
+                torch._C._push_on_torch_function_stack(mode)
+                self._mode = mode
+        except Exception:
+            self._mode = None
+
+    def end(self) -> None:
+        """Nothing of ours is on the function-mode stack of the thread that began, and what was seen is in `segments`. Never raises."""
+        mode = self._mode
+        if mode is None:
+            return
+        mode.recording = False
+        if mode.thread != threading.get_ident():
+            return  # each thread has its own stack: the mode only passes calls on until its own thread comes by
+        self._mode = None
+        take_out(mode)
+        if mode.made:
+            self.segments.append(mode.made)
+
+    def end_step(self) -> None:
+        """One optimizer step is over; after the last of the recorded steps `begin` does nothing."""
+        self.end()
+        self._left -= 1
+
+
+class Recorder(TorchFunctionMode):
+    """Passes every call on unchanged and notes which autograd nodes it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Any] = []
+        self.recording = True
+        self.thread = threading.get_ident()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.recording or len(self.made) >= MAX_NODES:
+            return func(*args, **(kwargs or {}))
+        before = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        result = func(*args, **(kwargs or {}))
+        try:
+            first = result[0] if isinstance(result, (tuple, list)) and result else result
+            if isinstance(first, Tensor) and first.grad_fn is not None:
+                self._note(func, first.grad_fn, before)
+        except Exception:
+            self.recording = False
+        return result
+
+    def _note(self, func: Any, node: Any, before: int) -> None:
+        fresh = {node}
+        queue = [node]
+        while queue:
+            for child, _ in queue.pop().next_functions:
+                if child is not None and child not in fresh and before <= child._sequence_nr() < 1 << 62:
+                    fresh.add(child)
+                    queue.append(child)
+        source, name = user_line(3), getattr(func, "__name__", str(func))
+        made = sorted((child for child in fresh if child._sequence_nr() >= before), key=lambda child: int(child._sequence_nr()))
+        self.made.extend((child.name(), name, source) for child in made)
+
+
+def take_out(mode: Any) -> None:
+    """`mode` is off the function-mode stack; whatever the user put above it is still there, in order."""
+    try:
+        depth = torch._C._len_torch_function_stack()
+        if not any(torch._C._get_function_stack_at(index) is mode for index in range(depth)):
+            return
+        above: list[Any] = []
+        while torch._C._len_torch_function_stack():
+            top = torch._C._pop_torch_function_stack()
+            if top is mode:
+                break
+            above.append(top)
+        for other in reversed(above):
+            torch._C._push_on_torch_function_stack(other)
+    except Exception as problem:
+        print(f"sickbay: a function mode could not be removed: {problem}", file=sys.stderr)

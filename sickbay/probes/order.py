@@ -1,0 +1,204 @@
+"""The order of calls in the loop: gradients left over, steps without backward, backward without steps, uneven accumulation."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sickbay.core.record import RecordWriter
+from sickbay.patient import Patient, user_line
+from sickbay.probes.gradients import norms_of
+from sickbay.probes.graph import leaves_of
+from sickbay.probes.loop import Loop
+
+SIGNALS = ("backwards_since_step", "backwards_without_step", "carried_gradient", "dropped_backwards", "loss_weight_sum")
+
+_LOOK_EVERY = 50
+_FIRST_STEPS = 4
+
+
+@dataclass
+class Held:
+    """What is remembered of one optimizer between its steps. `carried`: share of old gradient found, None until looked."""
+
+    steps: int = 0
+    backwards: int = 0
+    norm: float = 0.0
+    carried: float | None = None
+    cleaned: bool = False
+    finite: bool = True
+    sources: list[str] = field(default_factory=list)
+
+
+@dataclass
+class MicroBatch:
+    """One backward of a step: `given` to backward, the loss function's own `mean`, and how many targets it `counted`."""
+
+    given: float
+    mean: float
+    counted: int
+
+
+class Order:
+    """Follows each optimizer's parameters from step to step; where there is no optimizer, the leaves of the loss' graph."""
+
+    SIGNALS = SIGNALS
+
+    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
+        self.patient, self.record, self.loop = patient, record, loop
+        self._held: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
+        self._by_hand = Held()
+        self._leaves: list[weakref.ref[Tensor]] = []
+        self._print: tuple[float, ...] = ()
+        self._micro: list[MicroBatch] = []
+        self._accumulates = False
+        self._backwards = 0
+        self._torch_steps = 0
+        self._func_calls = 0
+
+    # --- backward -----------------------------------------------------------------------------------------------
+    def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        self._backwards += 1
+        if not self._torch_steps:
+            self._look_for_hand_written_steps(loss)
+        finite = loss is None or loss.numel() != 1 or loss.device.type != "cpu" or math.isfinite(loss.item())
+        for optimizer, held in tuple(self._held.items()):
+            self._look_for_leftovers(optimizer, held)
+            held.finite = held.finite and finite
+        self._note_micro_batch(loss)
+
+    def _look_for_leftovers(self, optimizer: Any, held: Held) -> None:
+        """Between two steps the old gradients must have disappeared at the start of at least one backward."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None and not p.grad.is_sparse]
+        looking = held.steps < _FIRST_STEPS or held.steps % _LOOK_EVERY == 0
+        if gradients and (held.cleaned or not looking):
+            return
+        left = math.hypot(*norms_of(gradients, [])) if gradients else 0.0
+        if left == 0.0:
+            if held.backwards and len(self._held) == 1:
+                note = {"finite_loss": held.finite}
+                self.record.read("dropped_backwards", held.backwards, where=name_of(optimizer), note=note, source=held.sources[-1])
+            held.backwards, held.cleaned, held.finite = 0, True, True
+        elif held.steps and held.carried is None:
+            held.carried = left / held.norm if held.norm > 0 else math.inf
+
+    def backward_end(self, loss: Tensor | None, kind: str) -> None:
+        if kind == "func":
+            self._func_calls += 1
+            self.loop.end_step()
+            return
+        line = user_line(4)
+        for held in self._held.values():
+            held.backwards += 1
+            held.sources = [*held.sources[-3:], line]
+        self._by_hand.backwards += 1
+        self._by_hand.sources = [line]
+
+    # --- steps --------------------------------------------------------------------------------------------------
+    def optimizer_created(self, optimizer: Any) -> None:
+        self._held.setdefault(optimizer, Held())
+
+    def step_begin(self, optimizer: Any, late: bool) -> None:
+        held = self._held.setdefault(optimizer, Held())
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = math.hypot(*norms_of([g for g in gradients if not g.is_sparse], [])) if gradients else 0.0
+        backwards = held.backwards
+        if backwards == 0 and norm > 0 and norm != held.norm:
+            backwards = 1  # the script fills .grad by its own hand
+        if held.steps < _LOOK_EVERY or backwards == 0:
+            self.record.read("backwards_since_step", backwards, where=name_of(optimizer), source=user_line(4))
+        if held.steps and backwards and (held.carried is not None or held.cleaned):
+            value = 0.0 if held.cleaned else held.carried or 0.0
+            if value or held.steps < _FIRST_STEPS + 4:
+                source = held.sources[-1] if held.sources else ""
+                self.record.read("carried_gradient", value, where=name_of(optimizer), note={"norm_at_step": held.norm}, source=source)
+        held.norm = norm
+
+    def step_end(self, optimizer: Any) -> None:
+        held = self._held.setdefault(optimizer, Held())
+        held.steps += 1
+        held.backwards, held.carried, held.cleaned, held.finite = 0, None, False, True
+        self._torch_steps += 1
+        self._write_weighting()
+
+    def scaler(self, scale: float, skipped: bool) -> None:
+        if skipped:
+            for held in self._held.values():
+                held.backwards, held.carried, held.cleaned = 0, None, False
+            self._micro.clear()
+
+    # --- accumulation -------------------------------------------------------------------------------------------
+    def _note_micro_batch(self, loss: Tensor | None) -> None:
+        losses = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
+        fresh = any(not call.spent for call in self.patient.training_calls())
+        if loss is None or loss.device.type != "cpu" or len(losses) != 1 or not fresh:
+            self._micro.append(MicroBatch(math.nan, math.nan, 0))
+            return
+        call = losses[-1]
+        counted = call.targets.numel()
+        if call.name in ("cross_entropy", "nll_loss") and not call.targets.is_floating_point() and (self._accumulates or self._micro):
+            counted = int((call.targets != call.ignore_index).sum())
+        mean = call.value.item() if call.value.numel() == 1 else math.nan
+        if call.reduction == "sum" and counted:
+            mean /= counted
+        given = loss.item() / self.patient.scale if loss.numel() == 1 else math.nan
+        self._micro.append(MicroBatch(given, mean, counted))
+
+    def _write_weighting(self) -> None:
+        micro, self._micro = self._micro, []
+        was_accumulating, self._accumulates = self._accumulates, len(micro) > 1
+        if len(micro) < 2 or not was_accumulating or not all(math.isfinite(m.given) and m.mean > 0 and m.counted for m in micro):
+            return
+        weights = [m.given / m.mean for m in micro]
+        total, tokens = sum(weights), sum(m.counted for m in micro)
+        worst = max(abs(w / total * tokens / m.counted - 1) for w, m in zip(weights, micro)) if total else math.inf
+        note = {"count": len(micro), "weights": weights[:64], "tokens": [m.counted for m in micro][:64], "worst": worst}
+        held = max(self._held.values(), key=lambda h: h.steps, default=self._by_hand)
+        self.record.read("loss_weight_sum", total, note=note, source=held.sources[-1] if held.sources else "")
+
+    # --- updates written by hand ----------------------------------------------------------------------------------
+    def _look_for_hand_written_steps(self, loss: Tensor | None) -> None:
+        """No torch optimizer steps: leaves of the loss' graph whose values moved since the last backward were updated by the script."""
+        if self._backwards <= 2 and loss is not None:
+            self._leaves = [weakref.ref(leaf) for leaf in leaves_of(loss)]
+        leaves = [leaf for ref in self._leaves if (leaf := ref()) is not None]
+        now = tuple(float(leaf.detach().reshape(-1)[0]) for leaf in leaves[:8] if leaf.numel())
+        if self._print and now and now != self._print:
+            held = self._by_hand
+            gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            left = math.hypot(*norms_of(gradients, [])) if gradients else 0.0
+            self.record.read("carried_gradient", 1.0 if left else 0.0, where="update written by hand", source=held.sources[-1] if held.sources else "")
+            held.steps += 1
+            self.loop.end_step()
+        self._print = now
+
+    def finish(self) -> None:
+        """The run is over: whoever got gradients but never stepped is written down."""
+        stepped = self._torch_steps or self._by_hand.steps or self._func_calls
+        for optimizer, held in tuple(self._held.items()):
+            if not held.steps and held.backwards >= 2:
+                note = {"optimizers": len(self._held), "scaler_skips": 0, "of_this_optimizer": True}
+                self.record.read("backwards_without_step", held.backwards, where=name_of(optimizer), note=note, source=held.sources[-1])
+                stepped = True
+        if not stepped and self._by_hand.backwards >= 2 and not self._held:
+            note = {"optimizers": 0, "scaler_skips": 0, "of_this_optimizer": False}
+            self.record.read("backwards_without_step", self._by_hand.backwards, note=note, source=self._by_hand.sources[-1])
+
+
+def name_of(optimizer: Any) -> str:
+    """How an optimizer is called in readings."""
+    return type(optimizer).__name__
+
+
+def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
+    """From now on the order of calls is followed; the returned function writes what only the end can tell."""
+    probe = Order(patient, record, loop)
+    for event in ("backward_begin", "backward_end", "optimizer_created", "step_begin", "step_end", "scaler"):
+        loop.on(event, probe, getattr(probe, event))
+    loop.on("finish", probe, probe.finish)
+    return lambda: None

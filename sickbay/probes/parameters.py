@@ -1,0 +1,146 @@
+"""Compares the sets of parameters: what the model has, what the loss reaches, what the optimizers hold, what shares memory."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sickbay.core.record import RecordWriter
+from sickbay.patient import Patient, bare, user_line
+from sickbay.probes.gradients import named_parameters
+from sickbay.probes.graph import leaves_with_distance
+from sickbay.probes.loop import Loop
+
+SIGNALS = ("missing_from_optimizer", "stale_in_optimizer", "gradient_absent", "tied_weights")
+
+_LOOK_AT = (0, 1, 2, 5, 20, 100)
+_TIED = re.compile(r"(^|_)(tie|tied|tying|share|shared)(_|$)")
+_MAX_NAMES = 32
+
+
+class Parameters:
+    """Looks at the parameter sets at a few steps of each optimizer; everything is compared by identity."""
+
+    SIGNALS = SIGNALS
+
+    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
+        self.patient, self.record, self.loop = patient, record, loop
+        self._distances: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._had_gradient: set[int] = set()
+        self._steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._created_at: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._ties_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._reported: set[tuple[str, ...]] = set()
+        self._graph_looks = 0
+
+    def optimizer_created(self, optimizer: Any) -> None:
+        self.patient.optimizers.add(optimizer)
+        self._created_at[optimizer] = user_line(4)
+        self._graph_looks = 0
+
+    def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        root = self.patient.root
+        if root is not None and root not in self._ties_checked:
+            self._ties_checked.add(root)
+            self._check_ties(bare(root))
+        if self._graph_looks < 2 and isinstance(loss, Tensor):
+            self._graph_looks += 1
+            for leaf, distance in leaves_with_distance(loss):
+                self._distances[id(leaf)] = (weakref.ref(leaf), distance)
+
+    def step_begin(self, optimizer: Any, late: bool) -> None:
+        count = self._steps.get(optimizer, 0)
+        self._steps[optimizer] = count + 1
+        if count not in _LOOK_AT:
+            return
+        self.patient.optimizers.add(optimizer)
+        held = {id(p): p for o in self.patient.optimizers for group in o.param_groups for p in group["params"]}
+        model = {id(p): (name, p) for root in self._trained_roots() for name, p in named_parameters(root)}
+        for parameter in (p for _, p in model.values()):
+            if parameter.grad is not None:
+                self._had_gradient.add(id(parameter))
+        self._find_missing(optimizer, held, model)
+        if count >= 1:
+            self._find_without_gradient(optimizer, held, model, count)
+
+    def _trained_roots(self) -> list[nn.Module]:
+        recent = [call.module for call in self.patient.calls if call.grad_enabled]
+        return list(dict.fromkeys(recent)) or [root for root in [self.patient.root] if root is not None]
+
+    def _find_missing(self, optimizer: Any, held: dict[int, Tensor], model: dict[int, tuple[str, nn.Parameter]]) -> None:
+        reached = {key: (leaf, distance) for key, (ref, distance) in self._distances.items() if (leaf := ref()) is not None and leaf.grad is not None}
+        missing = [(key, leaf, distance) for key, (leaf, distance) in reached.items() if key not in held and isinstance(leaf, nn.Parameter)]
+        used = [distance for key, (_, distance) in reached.items() if key in held]
+        if not missing or not used:
+            return
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        stale = [p for p in own if model and id(p) not in model and id(p) not in reached and p.grad is None]
+        if stale:
+            shapes = [list(p.shape) for p in stale[:_MAX_NAMES]]
+            self.record.read("stale_in_optimizer", len(stale), note={"shapes": shapes}, source=self._created_at.get(optimizer, ""))
+        names = [model[key][0] if key in model else f"unregistered {tuple(leaf.shape)}" for key, leaf, _ in missing]
+        if any(key not in model for key, _, _ in missing):
+            kind = "unregistered"
+        elif stale:
+            kind = "created-later"
+        else:
+            kind = "upstream" if min(distance for _, _, distance in missing) > max(used) else "skipped"
+        if tuple(names) in self._reported:
+            return
+        self._reported.add(tuple(names))
+        share = sum(leaf.numel() for _, leaf, _ in missing) / max(1, sum(leaf.numel() for leaf, _ in reached.values()))
+        note = {"names": names[:_MAX_NAMES], "kind": kind, "share": share, "in_optimizer": len(own)}
+        self.record.read("missing_from_optimizer", len(missing), where=names[0], note=note, source=self._created_at.get(optimizer, ""))
+
+    def _find_without_gradient(self, optimizer: Any, held: dict[int, Tensor], model: dict[int, tuple[str, nn.Parameter]], count: int) -> None:
+        absent = [name for key, (name, p) in model.items() if p.requires_grad and p.grad is None and key not in self._had_gradient]
+        with_gradient = any(p.grad is not None for p in held.values())
+        if absent and with_gradient and tuple(absent) not in self._reported:
+            self._reported.add(tuple(absent))
+            self.loop.emit("gradient_absent", absent, count + 1)
+
+    # --- tied embeddings ------------------------------------------------------------------------------------------
+    def _check_ties(self, root: nn.Module) -> None:
+        embeddings = [(name, m.weight) for name, m in root.named_modules() if isinstance(m, nn.Embedding)]
+        heads = [(name, m.weight) for name, m in root.named_modules() if isinstance(m, nn.Linear)]
+        pairs = [(a, e, b, h) for a, e in embeddings for b, h in heads if e.shape == h.shape and e.shape[0] != e.shape[1]]
+        if not pairs:
+            return
+        declared = next(_declarations(root), "")
+        shared = [(a, b) for a, e, b, h in pairs if e.data_ptr() == h.data_ptr()]
+        note: dict[str, Any] = {"declared_by": declared, "pair": list(shared[0]) if shared else [pairs[0][0], pairs[0][2]], "equal_values": False}
+        if shared:
+            self.record.read("tied_weights", 1.0, where=shared[0][1] + ".weight", note=note)
+            return
+        for a, embedding, b, head in pairs:
+            if self.record.step == 0 and embedding.std() > 0 and torch.equal(embedding, head):
+                note.update(pair=[a, b], equal_values=True, declared_by=declared or "equal values in separate memory")
+                declared = note["declared_by"]
+        if declared:
+            self.record.read("tied_weights", 0.0, where=f"{note['pair'][1]}.weight", note=note, source=user_line(5))
+
+
+def _declarations(root: nn.Module) -> Iterable[str]:
+    """Where the model's own configuration says that embeddings are shared."""
+    for name, module in root.named_modules():
+        for label, config in vars(module).items():
+            if label.startswith("_") or isinstance(config, (Tensor, nn.Module, int, float, str, list, tuple)):
+                continue
+            fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+            if isinstance(fields, dict):
+                for key, value in fields.items():
+                    if value is True and isinstance(key, str) and _TIED.search(key) and ("emb" in key or "weight" in key or "head" in key):
+                        yield f"{name + '.' if name else ''}{label}.{key}"
+
+
+def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
+    """From now on parameter sets are compared."""
+    probe = Parameters(patient, record, loop)
+    for event in ("optimizer_created", "backward_begin", "step_begin"):
+        loop.on(event, probe, getattr(probe, event))
+    return lambda: None

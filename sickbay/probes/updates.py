@@ -1,0 +1,103 @@
+"""Measures what an optimizer step really did to the weights, on sampled steps: the change's norm, and elements that did not move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sickbay.core.record import RecordWriter
+from sickbay.patient import Patient, user_line
+from sickbay.probes.gradients import norms_of, parameter_names
+from sickbay.probes.loop import Loop
+
+SIGNALS = ("update_ratio", "weight_norm", "unmoved_share", "nonfinite_weight")
+
+_EARLY = (0, 1, 2, 4, 8, 16, 32)
+_EVERY = 50
+_COUNT_ELEMENTS_AT = (1, 2, 8, 100)
+_MAX_BYTES = 48 << 20  # a copy of the weights must stay small beside the run itself
+
+
+class Updates:
+    """Keeps a copy of the weights over one optimizer step and writes the measured difference per tensor."""
+
+    SIGNALS = SIGNALS
+
+    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
+        self.patient, self.record, self.loop = patient, record, loop
+        self._before: list[Tensor] = []
+        self._watched: list[tuple[Tensor, float]] = []
+        self._checked_start = False
+        self._steps: dict[int, int] = {}
+
+    def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        """Once, before anything was learned: weights that are already broken."""
+        if self._checked_start or self.record.step > 0:
+            return
+        self._checked_start = True
+        root = self.patient.root
+        for name, parameter in root.named_parameters() if root is not None else ():
+            count = int((~torch.isfinite(parameter.detach())).sum()) if parameter.device.type == "cpu" and parameter.is_floating_point() else 0
+            if count:
+                self.record.read("nonfinite_weight", count, where=name, note={"updates_before": 0}, source=user_line(4))
+
+    def step_begin(self, optimizer: Any, late: bool) -> None:
+        self._before, self._watched = [], []
+        count = self._steps.get(id(optimizer), 0)
+        self._steps[id(optimizer)] = count + 1
+        if late or (count not in _EARLY and count % _EVERY):
+            return
+        used = 0
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                rate = group.get("lr", 0.0)
+                size = parameter.numel() * parameter.element_size()
+                if parameter.grad is not None and parameter.is_floating_point() and used + size <= _MAX_BYTES:
+                    used += size
+                    self._watched.append((parameter, float(rate) if not isinstance(rate, Tensor) else float("nan")))
+        self._before = [parameter.detach().clone() for parameter, _ in self._watched]
+
+    def step_end(self, optimizer: Any) -> None:
+        if not self._watched:
+            return
+        after = [parameter.detach() for parameter, _ in self._watched]
+        moved = torch._foreach_sub(after, self._before)
+        sizes, weights = norms_of(list(moved), []), norms_of(self._before, [])
+        known = parameter_names(self.patient)
+        names = tuple(known.get(id(p), f"{type(optimizer).__name__}.param{i}") for i, (p, _) in enumerate(self._watched))
+        self.record.table("weight_norm", names, weights)
+        self.record.table("update_ratio", names, [size / weight if weight > 0 else 0.0 for size, weight in zip(sizes, weights)])
+        if self._steps[id(optimizer)] - 1 in _COUNT_ELEMENTS_AT and any(sizes):
+            self._count_unmoved(names, list(moved))
+        self._before, self._watched = [], []
+
+    def _count_unmoved(self, names: tuple[str, ...], moved: list[Tensor]) -> None:
+        """An element with a gradient that stays where it was, although one ulp would have been enough to show the step."""
+        source = user_line(5)
+        for name, (parameter, rate), change, before in zip(names, self._watched, moved, self._before):
+            gradient = parameter.grad
+            if rate == 0.0 or gradient is None or gradient.layout != torch.strided or change.numel() < 2:
+                continue
+            asked = gradient != 0
+            elements = int(asked.sum())
+            if not elements:
+                continue
+            still = asked & (change == 0)
+            unmoved = int(still.sum())
+            step = change.abs().max()
+            ulp = before[still].abs() * torch.finfo(before.dtype).eps
+            # Rounding explains a still element when its own plain step, or even the largest step of the tensor, is below one ulp.
+            lost = int(((ulp >= step) | (ulp >= 2 * rate * gradient[still].abs())).sum()) if unmoved else 0
+            note = {"moved": elements - unmoved, "elements": elements, "rounding": lost / unmoved if unmoved else 0.0}
+            self.record.read("unmoved_share", unmoved / elements, where=name, note=note, source=source)
+
+
+def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
+    """From now on sampled updates are measured."""
+    probe = Updates(patient, record, loop)
+    for event in ("backward_begin", "step_begin", "step_end"):
+        loop.on(event, probe, getattr(probe, event))
+    return lambda: None
