@@ -155,7 +155,9 @@ def test_a_long_table_is_thinned_with_largest_sum_and_count_exact() -> None:
     assert thin.sums[:, 0].sum() == array[:, 0].astype(np.float64).sum()
     assert thin.values[:, 2].max() == array[:, 2].max() and np.isnan(thin.values[:, 1]).sum() == 1
     readings = table.thinned(800).readings()
-    assert readings[0].note == {"steps": [0, int(thin.steps[0])], "sum": float(thin.sums[0, 0]), "count": int(thin.counts[0, 0])}
+    assert np.array_equal(thin.values[:64], array[:64], equal_nan=True) and readings[0].note == {}
+    first, last = int(thin.firsts[70]), int(thin.steps[70])
+    assert readings[210].note == {"steps": [first, last], "sum": float(thin.sums[70, 0]), "count": last - first + 1}
 
 
 def test_any_signal_can_be_seen_as_a_table() -> None:

@@ -195,8 +195,9 @@ def test_the_file_stays_bounded_and_largest_and_sum_stay_exact(tmp_path: Path) -
     table = chart.table("param_grad_norm")
     assert (table.firsts[0], table.steps[-1]) == (0, steps - 1) and (table.firsts[1:] == table.steps[:-1] + 1).all()
     assert len(table) < steps // 4
-    full = int((table.firsts == table.steps).sum())
+    full = steps - int(table.steps[table.firsts != table.steps][-1]) - 1
     assert full >= bounds.NEWEST_FULL and np.array_equal(table.values[-full:], norms[-full:])
+    assert np.array_equal(table.values[: bounds.FIRST_FULL], norms[: bounds.FIRST_FULL])
     assert np.array_equal(table.counts.sum(axis=0), [steps] * 40)
     for first, last, largest, total in zip(table.firsts, table.steps, table.values, table.sums, strict=True):
         assert np.array_equal(largest, norms[first : last + 1].max(axis=0))
@@ -205,8 +206,8 @@ def test_the_file_stays_bounded_and_largest_and_sum_stay_exact(tmp_path: Path) -
     assert all(reading.value == loss[reading.step] for reading in kept)  # merged or not, every reading is a real one
     assert kept[0].step == 0 and kept.worst().value == loss.max() and kept.least().value == loss.min()  # type: ignore[union-attr]
     assert all(r.note == {"position": r.step} for r in chart["future_influence"])
-    older = steps - full
-    assert sum(span.count for span in spans) == 2 * older and sum(span.sum for span in spans) == 2 * loss[:older].sum()
+    merged = loss[bounds.FIRST_FULL : steps - full]
+    assert sum(span.count for span in spans) == 2 * len(merged) and sum(span.sum for span in spans) == 2 * merged.sum()
     assert chart["nonfinite_step"].values == list(range(0, steps, 500))
 
 
@@ -260,7 +261,7 @@ def test_a_long_series_is_thinned_to_its_outstanding_values() -> None:
     values[123] = NAN
     at = _outstanding(values, 4000)
     assert len(at) <= 4000 and 0 in at and 123 in at and int(np.nanargmin(values)) in at and int(np.nanargmax(values)) in at
-    assert np.array_equal(at[-256:], np.arange(49_744, 50_000))
+    assert np.array_equal(at[:64], np.arange(64)) and np.array_equal(at[-256:], np.arange(49_744, 50_000))
     assert np.array_equal(_outstanding(values[:4000], 4000), np.arange(4000))
 
 

@@ -1,4 +1,4 @@
-"""Keeps a record within its size: newest steps in full, older ones merged; first and newest events kept, those between overwritten."""
+"""Keeps a record within its size: first and newest steps in full, those between merged; likewise the first and newest events."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from sickbay.core.packing import Row, merge
 
 GROUP = 16  # full steps in a first merge: fewer would not save bytes, as a merged value takes four times a full one
+FIRST_FULL = 64  # steps that are never merged, as initialisation and warm-up show there, if they take at most an eighth of the budget
 NEWEST_FULL = 4 * GROUP  # full steps that are kept whatever their size
 MERGES_PER_STEP = 8  # bounds the pause of one training step
 EVENTS_KEPT = 1000  # per signal: this many first ones, and as many newest ones
@@ -42,6 +43,8 @@ class Compactor:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self._first_bytes = 0
+        self._first_rows = 0
         self._full_bytes = 0
         self._full_rows = 0
         self._level_bytes: dict[int, int] = {}
@@ -51,12 +54,17 @@ class Compactor:
     @property
     def bytes(self) -> int:
         """Of all rows, about."""
-        return self._full_bytes + sum(self._level_bytes.values())
+        return self._first_bytes + self._full_bytes + sum(self._level_bytes.values())
 
     def added(self, size: int) -> None:
         """A full row of `size` bytes was written."""
-        self._full_bytes += size
-        self._full_rows += 1
+        no_more = self._full_rows or self._level_rows or self._first_rows == FIRST_FULL
+        if no_more or 8 * (self._first_bytes + size) > self.budget:
+            self._full_bytes += size
+            self._full_rows += 1
+        else:
+            self._first_bytes += size
+            self._first_rows += 1
 
     def shrink(
         self, connection: sqlite3.Connection, layouts: Mapping[int, tuple[str, tuple[str, ...]]], layout_of: Callable[..., int]
@@ -100,7 +108,7 @@ class Compactor:
         layout_of: Callable[..., int],
     ) -> None:
         if level == 0:
-            found = connection.execute(f"SELECT id, {_COLUMNS} FROM steps ORDER BY id LIMIT {GROUP}").fetchall()
+            found = connection.execute(f"SELECT id, {_COLUMNS} FROM steps ORDER BY id LIMIT {GROUP} OFFSET {self._first_rows}").fetchall()
         else:
             where = f"WHERE id >= {level * _LEVEL} AND id < {(level + 1) * _LEVEL}"
             found = connection.execute(f"SELECT id, {_COLUMNS} FROM merged {where} ORDER BY id LIMIT 2").fetchall()

@@ -23,6 +23,7 @@ class Series(Sequence[Reading]):
 
     def __init__(self, readings: Iterable[Reading]) -> None:
         self._readings = sorted(readings, key=lambda reading: reading.step)
+        self._by_place: dict[str, list[Reading]] | None = None
 
     def __len__(self) -> int:
         return len(self._readings)
@@ -43,11 +44,18 @@ class Series(Sequence[Reading]):
 
     def places(self) -> list[str]:
         """The distinct places in order of appearance."""
-        return list(dict.fromkeys(reading.where for reading in self._readings))
+        return list(self._places())
 
     def at(self, where: str) -> Series:
         """The readings of one place."""
-        return Series(reading for reading in self._readings if reading.where == where)
+        return Series(self._places().get(where, ()))
+
+    def _places(self) -> dict[str, list[Reading]]:
+        if self._by_place is None:
+            self._by_place = {}
+            for reading in self._readings:
+                self._by_place.setdefault(reading.where, []).append(reading)
+        return self._by_place
 
     def between(self, first: int, last: int) -> Series:
         """The readings with `first <= step <= last`."""

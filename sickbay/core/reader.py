@@ -21,7 +21,7 @@ from sickbay.core.packing import SCALAR, Row, unpack_extras, unpack_spans, unpac
 from sickbay.core.reading import Reading
 from sickbay.core.record import RecordWriter
 from sickbay.core.signals import SIGNALS
-from sickbay.core.table import MAX_READINGS, NEWEST_IN_FULL, Table
+from sickbay.core.table import MAX_READINGS, MIN_ROWS, Table, lines
 
 READ_SECONDS = 10.0  # how long a reader waits for the writer to let go of a file without WAL
 _NAME = re.compile(r"record-(\d+)\.sqlite")
@@ -195,7 +195,8 @@ class Record:
         column = {place: index for index, place in enumerate(places)}
         columns = {id_: np.array([column[place] for place in names], np.int64) for id_, names in layouts.items()}
         rows = [(row, merged) for merged, group in ((True, self._merged), (False, self._steps)) for row in group if row.tables]
-        line = _lines(len(rows), max(2 * NEWEST_IN_FULL, MAX_CELLS // len(places)))
+        rows.sort(key=lambda pair: pair[0].first)
+        line = lines(len(rows), max(8 * MIN_ROWS, MAX_CELLS // max(1, len(places))))
         shape = (int(line[-1]) + 1 if len(rows) else 0, len(places))
         values, sums, counts = np.full(shape, -np.inf, np.float32), np.zeros(shape), np.zeros(shape, np.uint32)
         firsts, steps, seconds = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64), np.zeros(shape[0])
@@ -231,23 +232,12 @@ class Record:
         return points
 
 
-def _lines(rows: int, most: int) -> NDArray[np.int64]:
-    """`(rows,)`: the line of a table each row goes to; the newest have their own, older ones share when there would be more than `most`."""
-    if rows <= most:
-        return np.arange(rows)
-    old = rows - NEWEST_IN_FULL
-    shared = np.arange(old) * (most - NEWEST_IN_FULL) // old
-    return np.concatenate([shared, most - NEWEST_IN_FULL + np.arange(NEWEST_IN_FULL)])
-
-
 def _outstanding(values: NDArray[np.float64], most: int) -> NDArray[np.int64]:
-    """Indices into `values`: all, or about `most` of them: the newest, and of each stretch of older ones first, largest, least and last."""
+    """Indices into `values`: all, or about `most` of them: first and newest, and of each stretch between first, largest, least and last."""
     if len(values) <= most:
         return np.arange(len(values))
-    newest = min(NEWEST_IN_FULL, most // 2)
-    width = -(-(len(values) - newest) * 4 // max(4, most - newest))
-    old = (len(values) - newest) // width * width
-    ranked = np.where(np.isnan(values[:old]), np.inf, values[:old]).reshape(-1, width)
-    starts = np.arange(0, old, width)
-    kept = (starts, starts + ranked.argmax(1), starts + ranked.argmin(1), starts + width - 1, np.arange(old, len(values)))
-    return np.unique(np.concatenate(kept))
+    starts = np.flatnonzero(np.diff(lines(len(values), max(1, most // 4)), prepend=-1))
+    stretches = np.split(np.where(np.isnan(values), np.inf, values), starts[1:])
+    largest = starts + np.array([stretch.argmax() for stretch in stretches])
+    least = starts + np.array([stretch.argmin() for stretch in stretches])
+    return np.unique(np.concatenate([starts, largest, least, np.append(starts[1:], len(values)) - 1]))

@@ -12,7 +12,9 @@ if TYPE_CHECKING:  # numpy is loaded only by those who hold a table: `--help` an
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_READINGS = 200_000
+MAX_READINGS = 100_000  # that one signal is decoded into
+MIN_ROWS = 64
+FIRST_IN_FULL = 64  # initialisation and warm-up show here
 NEWEST_IN_FULL = 256
 
 
@@ -47,19 +49,16 @@ class Table:
 
     def readings(self) -> list[Reading]:
         """Every measured cell as a Reading in order of step; a merged row gives its largest value; note: steps, sum, count."""
-        table = self.thinned(max(NEWEST_IN_FULL, MAX_READINGS // max(1, len(self.places))))
+        table = self.thinned(max(MIN_ROWS, MAX_READINGS // max(1, len(self.places))))
         return list(table._cells())
 
     def thinned(self, rows: int) -> Table:
-        """At most `rows` rows: the newest `NEWEST_IN_FULL` as they are, older ones merged evenly (largest, sum and count stay exact)."""
+        """At most `rows` rows: the first and the newest as they are, those between merged evenly (largest, sum and count stay exact)."""
         if len(self) <= rows:
             return self
         import numpy as np
 
-        newest = min(NEWEST_IN_FULL, rows // 2)
-        old = len(self) - newest
-        starts = np.unique(np.linspace(0, old, rows - newest, endpoint=False).astype(np.int64))
-        starts = np.concatenate([starts, np.arange(old, len(self))])
+        starts = np.flatnonzero(np.diff(lines(len(self), rows), prepend=-1))
         ends = np.append(starts[1:], len(self)) - 1
         measured = np.where(self.counts > 0, self.values, np.float32("-inf"))
         counts = np.add.reduceat(self.counts, starts, axis=0, dtype=np.uint32)
@@ -121,3 +120,15 @@ class Table:
                 seconds[cell[0]] = r.seconds
         ordered = np.array(list(steps), np.int64)
         return cls(signal, tuple(places), ordered, ordered, seconds, values, sums, counts)
+
+
+def lines(rows: int, most: int) -> NDArray[np.int64]:
+    """`(rows,)`, ascending from 0: the line each row goes to, `most` lines at most; first and newest rows have theirs alone."""
+    import numpy as np
+
+    if rows <= most:
+        return np.arange(rows)
+    first, newest = min(FIRST_IN_FULL, most // 8), min(NEWEST_IN_FULL, most // 2)
+    between = rows - first - newest
+    shared = first + np.arange(between) * (most - first - newest) // between
+    return np.concatenate([np.arange(first), shared, most - newest + np.arange(newest)])
