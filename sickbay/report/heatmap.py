@@ -16,7 +16,7 @@ from sickbay.core.diagnosis import number
 from sickbay.core.signals import SIGNALS
 from sickbay.report.words import one_line, shorten
 
-MAX_ROWS = 40
+MAX_ROWS = 56
 MAX_COLUMNS = 120
 LEVELS = 24
 # One outlier must not push all other colours into one: the scale ends at these quantiles.
@@ -24,7 +24,7 @@ QUANTILES = (0.02, 0.995)
 
 LABEL_WIDTH = 250
 MAP_WIDTH = 690
-ROW_HEIGHT = 17
+ROW_HEIGHT = 14
 TOP = 22
 LABEL_LENGTH = 36
 
@@ -81,6 +81,7 @@ def grid(chart: Chart, signal: str) -> Grid | None:
 def drawing(grid: Grid, marks: Sequence[tuple[int, str, str]]) -> Drawing:
     """`grid` as SVG geometry; `marks` are (step, label, severity) of the findings."""
     levels, low, high = _levels(grid.values)
+    seen = grid.values[np.isfinite(grid.values)]
     height, count = len(grid.rows), len(grid.columns)
     cell = MAP_WIDTH / count
     shapes: dict[str, list[str]] = {}
@@ -94,7 +95,7 @@ def drawing(grid: Grid, marks: Sequence[tuple[int, str, str]]) -> Drawing:
                 x, width = LABEL_WIDTH + start * cell, (column - start) * cell
                 shapes.setdefault(level, []).append(f"M{x:.1f} {TOP + row * ROW_HEIGHT}h{width:.1f}v{ROW_HEIGHT - 1}h-{width:.1f}z")
     labels = [
-        (TOP + row * ROW_HEIGHT + ROW_HEIGHT * 0.7, shorten(name, LABEL_LENGTH), name) for row, name in enumerate(map(one_line, grid.rows))
+        (TOP + row * ROW_HEIGHT + ROW_HEIGHT * 0.72, shorten(name, LABEL_LENGTH), name) for row, name in enumerate(map(one_line, grid.rows))
     ]
     every = max(1, math.ceil(count / 8))
     ticks = [(LABEL_WIDTH + (column + 0.5) * cell, f"{grid.columns[column][0]:,}") for column in range(0, count, every)]
@@ -109,8 +110,8 @@ def drawing(grid: Grid, marks: Sequence[tuple[int, str, str]]) -> Drawing:
         labels=labels,
         ticks=ticks,
         marks=[(LABEL_WIDTH + (_column(grid, step) + 0.5) * cell, label, severity) for step, label, severity in marks],
-        low=number(low),
-        high=number(high),
+        low=("≤ " if (seen < low).any() else "") + number(low),
+        high=("≥ " if (seen > high).any() else "") + number(high),
         lost="lost" in shapes,
         data={
             "signal": grid.signal,

@@ -6,7 +6,7 @@
     if (value == null) return "";
     if (value === 0) return "0";
     const size = Math.abs(value);
-    return size >= 1e6 || size < 1e-4 ? value.toExponential(1) : Number(value.toPrecision(4)).toLocaleString("en");
+    return size >= 1e6 || size < 1e-4 ? value.toExponential(1) : value.toLocaleString("en", { maximumSignificantDigits: 4 });
   };
   const FONT = '11px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif';
 
