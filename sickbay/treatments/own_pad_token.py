@@ -1,7 +1,7 @@
 """The end token is a target of every text.
 
-Advice: `tokenizer.add_special_tokens({"pad_token": "<pad>"})` and a resized embedding; or labels that are ignored where attention_mask is 0,
-so that the first end token of each text stays a target.
+Advice: `tokenizer.add_special_tokens({"pad_token": "<pad>"})` and a resized embedding; or labels ignored where attention_mask is 0, so
+that the first end token of each text stays a target.
 """
 
 from __future__ import annotations

@@ -13,13 +13,14 @@ from sickbay.core.treatment import Treatment
 
 
 def apply(patient: Any, pair: Sequence[str]) -> Callable[[], None]:
-    """The second parameter named in `pair` (`"head.weight"`) is the first (`"embedding.weight"`).
+    """The second weight named in `pair` (`"head"` or `"head.weight"`) is the first (`"embedding"`).
 
     Raises ValueError when no model was seen, a name is not a parameter of it, or the two shapes differ.
     """
     if patient.root is None:
         raise ValueError("tie-weights: no model was seen yet, so there is nothing to tie")
     weights = dict(patient.root.named_parameters(remove_duplicate=False))
+    pair = [name if name in weights else f"{name}.weight" for name in pair]
     missing = [name for name in pair if name not in weights]
     if len(pair) != 2 or missing:
         raise ValueError(f"tie-weights: pair={tuple(pair)} must name two parameters of the model; unknown: {', '.join(missing) or 'none'}")

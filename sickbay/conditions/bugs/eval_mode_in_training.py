@@ -37,14 +37,17 @@ SHARE = Threshold(
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     """Training steps of which every dropout and batch-norm module was in evaluation mode."""
     seen = Series(r for r in chart["training_mode"].finite() if float(r.note.get("count") or 0) > 0)
-    if len(seen) < STEPS:
-        return NotExamined(f"{len(seen)} training forwards of a model with dropout or batch-norm; this needs {STEPS:.0f}")
-    off = [r for r in seen if r.value == 0]
-    if len(off) < STEPS or len(off) < SHARE * len(seen):
+    total = chart.last_step + 1 - seen[0].step if seen else 0
+    if total < STEPS:
+        return NotExamined(f"{total} training steps of a model with dropout or batch-norm; this needs {STEPS:.0f}")
+    # A mode is written down when it changes and holds until the next reading.
+    until = [*seen.steps[1:], chart.last_step + 1]
+    off = sum(end - r.step for r, end in zip(seen, until) if r.value == 0)
+    if off < STEPS or off < SHARE * total:
         return None
-    first = off[0]
+    first = next(r for r in seen if r.value == 0)
     return Diagnosis(
-        summary=f"In {len(off)} of {len(seen)} training steps all {float(first.note['count']):.0f} dropout and batch-norm modules were in "
+        summary=f"In {off} of {total} training steps all {float(first.note['count']):.0f} dropout and batch-norm modules were in "
         f"evaluation mode (none should be), from step {first.step} on: the regularisation that was asked for is switched off.",
         evidence=(Evidence(first, 1.0),),
         severity="warning",

@@ -38,24 +38,30 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     if not calls:
         return NotExamined("no step with a known number of backward calls")
     norm = {r.step: r.value for r in chart["grad_norm"]}
-    emptied = {r.step for r in chart["dropped_backwards"] if norm.get(r.step, 0.0) == 0}
-    empty = Series(r for r in calls if r.value == 0 or r.step in emptied)
+    emptied = _no_gradient_ever(chart, norm)
+    empty = calls if emptied else Series(r for r in calls if r.value == 0)
     if not empty or _written_by_hand(empty, norm):
         return None
     where = max(empty.places(), key=lambda place: len(empty.at(place)))
-    first, here, all_here = empty.at(where)[0], len(empty.at(where)), len(calls.at(where))
-    severe = here >= STEPS and here >= SHARE * all_here
-    zeroed = " or lost its gradients to zero_grad()" if emptied else ""
+    first, here, all_here = empty.at(where)[0], len(empty.at(where)), max(len(calls.at(where)), chart.last_step + 1)
+    severe = here >= STEPS and (emptied or here >= SHARE * all_here)
+    wrong = "found no gradient, whatever backward did" if emptied else "had no backward since the step before (1 or more is right)"
     return Diagnosis(
-        summary=f"{here} of {all_here} optimizer steps had no backward since the step before{zeroed} (1 or more is right): "
+        summary=f"{here} of {all_here} optimizer steps {wrong}: "
         f"{'the weights move by stale gradients and decay at most' if severe else 'a stray step'}.",
-        evidence=(Evidence(first, 1.0),),
+        evidence=(Evidence(first, None if emptied else 1.0),),
         severity="critical" if severe else "note",
         step=first.step,
         where=first.where,
         source=first.source,
         seconds=first.seconds,
     )
+
+
+def _no_gradient_ever(chart: Chart, norm: dict[int, float]) -> bool:
+    """True where losses went into backward and the optimizer never found a gradient other than zero: zeroed again before each step."""
+    watched = len(chart["loss"]) >= STEPS and "grad_norm" not in chart.unobserved
+    return watched and not any(value != 0 for value in norm.values()) and (bool(norm) or not len(chart["update_ratio"]))
 
 
 def _written_by_hand(empty: Series, norm: dict[int, float]) -> bool:
@@ -74,7 +80,7 @@ condition = Condition(
     id="missing-backward",
     symptom="optimizer.step() runs without a backward since the last step",
     needs=("backwards_since_step",),
-    uses=("grad_norm", "dropped_backwards"),
+    uses=("grad_norm", "loss", "update_ratio"),
     diagnose=diagnose,
     prescribes=("call-backward",),
     leads_to=("missing-gradient",),

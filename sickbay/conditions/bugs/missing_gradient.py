@@ -79,7 +79,7 @@ def inject(case: Any) -> Any:
         class Detached(torch.nn.Module):
             def __init__(self, block: torch.nn.Module) -> None:
                 super().__init__()
-                self.block, self.attention, self.feed_forward = block, block.attention, block.feed_forward
+                self.block = block
 
             def forward(self, *inputs: Any) -> torch.Tensor:
                 output: torch.Tensor = self.block(*inputs)

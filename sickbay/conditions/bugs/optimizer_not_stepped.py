@@ -35,18 +35,23 @@ ENDED = Threshold(2, "backward calls", source="at the end of a run no step can f
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     """Backward calls, with an optimizer at hand, that no step ever followed."""
     waiting = [r for r in chart["backwards_without_step"].finite() if float(r.note.get("optimizers") or 0) >= 1]
-    if not waiting or len(chart["backwards_since_step"]):
+    if not waiting:
+        return None
+    # Beside an optimizer that steps, one that never does may be a leftover of an earlier set-up: it is mentioned, no more.
+    others_step = len(chart["backwards_since_step"]) > 0
+    if others_step and not any(r.note.get("of_this_optimizer") for r in waiting):
         return None
     last = waiting[-1]
     if float(last.note.get("scaler_skips") or 0) > 0:
         return None
-    ended = chart.facts.get("ended") is not None
+    ended = chart.facts.get("ended") is not None or "of_this_optimizer" in last.note
     if last.value < ENDED or (last.value <= RUNNING and not ended):
         return NotExamined(f"{last.value:.0f} backward calls so far and no step: it may still come")
     return Diagnosis(
-        summary=f"{last.value:.0f} backward calls and not one optimizer step: the weights are those the run began with.",
+        summary=f"{last.value:.0f} backward calls and not one step of {last.where or 'the optimizer'}: "
+        f"{'other optimizers do step' if others_step else 'the weights are those the run began with'}.",
         evidence=(Evidence(last, float(ENDED if ended else RUNNING)),),
-        severity="critical",
+        severity="note" if others_step else "critical",
         step=waiting[0].step,
         where=last.where,
         source=last.source,

@@ -10,7 +10,7 @@ Why
 
 Tell apart
     causal-leak is about later tokens. Pre-training code that joins documents with an end token and lets them see each other does so on
-    purpose: where nothing but end tokens tells the documents apart, this is a note.
+    purpose: only documents that the script keeps apart, by positions, numbers or lengths, are examined.
 
 Cure
     Give attention a block-diagonal mask (or the documents' cumulative lengths) and restart the positions with each document. Then ask
@@ -30,7 +30,6 @@ from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
 
 LIMIT = Threshold(1e-3, "ratio", source="calibration: exactly 0 with a block-diagonal mask; float32 reordering noise is near 1e-6")
-END_TOKEN_ONLY = ("end token", "end_token", "eos", "eos_token", "eos_token_id")
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
@@ -40,14 +39,11 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     worst = over.worst()
     if worst is None:
         return None if seen else NotExamined("batch-norm mixes positions by design, or the outputs were not finite")
-    known_by = str(worst.note.get("known_by", ""))
-    # Joining documents with an end token and nothing else is how most models are pre-trained, on purpose.
-    on_purpose = known_by in END_TOKEN_ONLY
     return Diagnosis(
         summary=f"Changing one packed document moves its neighbour's outputs by {worst.value:.2g} times what it moves its own "
-        f"(0 if they are kept apart; documents known by {known_by or 'their boundaries'}).",
+        f"(0 if they are kept apart; documents known by {worst.note.get('known_by') or 'their boundaries'}).",
         evidence=(Evidence(worst, LIMIT),),
-        severity="note" if on_purpose else "warning",
+        severity="warning",
         step=over[0].step,
         where=worst.where,
         source=worst.source,

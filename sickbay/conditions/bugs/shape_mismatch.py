@@ -22,11 +22,14 @@ Sources
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sickbay.core.chart import Chart
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence
+
+SHOWN = 3  # shapes or modules in the sentence; all of them stand in the record
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
@@ -35,12 +38,12 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     if error is None:
         return None
     note = error.note
-    shapes = ", ".join(f"{s.get('name') or 'operand'} {tuple(s.get('shape') or ())}" for s in note.get("shapes") or ())
+    shapes = ", ".join(f"{s.get('name') or 'operand'} {_size(s.get('shape'))}" for s in (note.get("shapes") or ())[:SHOWN])
     first_line = next(iter(str(note.get("message") or note.get("type") or "").splitlines()), "")
     seen = f"{note.get('operation') or 'an operation'} got {shapes}" if shapes else first_line
     likely = f": {str(note['likely']).rstrip('.')}" if note.get("likely") else ""
     path = [p for p in note.get("path") or () if p.get("module") and p.get("shape_in")]
-    way = " -> ".join(f"{p['module']} {tuple(p['shape_in'])}" for p in path[-3:])
+    way = " -> ".join(f"{p['module']} {_size(p['shape_in'])}" for p in path[-SHOWN:])
     on_the_way = f" (on the way: {way})" if way else ""
     return Diagnosis(
         summary=f"The shapes do not fit: {seen}{likely}{on_the_way}.",
@@ -51,6 +54,13 @@ def diagnose(chart: Chart) -> Diagnosis | None:
         source=error.source,
         seconds=error.seconds,
     )
+
+
+def _size(shape: Any) -> str:
+    """One shape as a tuple, several by the names they are given under."""
+    if isinstance(shape, Mapping):
+        return ", ".join(f"{name} {_size(size)}" for name, size in list(shape.items())[:SHOWN])
+    return str(tuple(shape or ()))
 
 
 def inject(case: Any) -> Any:

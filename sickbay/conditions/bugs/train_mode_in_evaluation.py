@@ -39,13 +39,14 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     seen = Series(r for r in chart["evaluation_mode"].finite() if float(r.note.get("count") or 0) > 0)
     if not seen:
         return NotExamined("no evaluation of a model with dropout or batch-norm was seen")
-    on = Series(r for r in seen if r.value > SHARE and float(r.note.get("repeats") or 0) < REPEATS)
+    on = Series(r for r in seen if r.value > SHARE and not _repeated(seen.between(r.step, r.step)))
     worst = on.worst()
-    if worst is None or (len(on) < FORWARDS and 2 * len(on) < len(seen)):
+    # A mode is written down when it changes: one reading that another followed is a single look, not a habit.
+    if worst is None or (len(on) < FORWARDS and on[-1].step < seen[-1].step):
         return None
     return Diagnosis(
-        summary=f"{worst.value:.0%} of the {float(worst.note['count']):.0f} dropout and batch-norm modules were in training mode in "
-        f"{len(on)} of {len(seen)} evaluations (0 is right): their results are noise and too bad.",
+        summary=f"{worst.value:.0%} of the {float(worst.note['count']):.0f} dropout and batch-norm modules were in training mode "
+        f"in an evaluation (0 is right), from step {on[0].step} on: its results are noisier and worse than the model is.",
         evidence=(Evidence(worst, SHARE),),
         severity="warning",
         step=on[0].step,
@@ -53,6 +54,12 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
         source=worst.source,
         seconds=on[0].seconds,
     )
+
+
+def _repeated(at_one_step: Series) -> bool:
+    """True where one batch was passed three times or more without a step in between, as Monte-Carlo dropout does."""
+    repeats = [float(r.note.get("repeats") or 0) for r in at_one_step]
+    return max(repeats) >= REPEATS and (len(repeats) == 1 or max(repeats) - min(repeats) + 1 >= REPEATS)
 
 
 def inject(case: Any) -> Any:

@@ -8,7 +8,7 @@ Why
     non-contiguous memory leaves the result in a temporary; the optimizer may also hold copies of the model's parameters.
 
 Tell apart
-    low precision loses updates below one unit in the last place: the share that rounding explains is taken off here. Elements without a
+    low precision loses updates below one unit in the last place: those that rounding explains are taken off here. Elements without a
     gradient (unused rows of an embedding) are not counted, nor are steps with learning rate 0.
 
 Cure
@@ -40,14 +40,15 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     if len(set(seen.steps)) < STEPS:
         return NotExamined(f"{len(set(seen.steps))} sampled steps with a learning rate above 0; this needs {STEPS:.0f}")
     places = seen.places()
-    stuck = {where: Series(r for r in seen.at(where) if r.value - float(r.note.get("rounding") or 0) > LIMIT) for where in places}
+    stuck = {where: Series(r for r in seen.at(where) if r.value * (1 - float(r.note.get("rounding") or 0)) > LIMIT) for where in places}
     stuck = {where: over for where, over in stuck.items() if len(over) >= STEPS and 2 * len(over) > len(seen.at(where))}
     if not stuck:
         return None
     worst = max((over[0] for over in stuck.values()), key=lambda r: (float(r.note.get("elements") or 0), r.value))
+    rounding = float(worst.note.get("rounding") or 0)
     return Diagnosis(
         summary=f"{worst.value:.1%} of the elements of {worst.where or 'a tensor'} that have a gradient did not move in a step "
-        f"(0 is right; rounding explains {float(worst.note.get('rounding') or 0):.1%}); {len(stuck)} of {len(places)} tensors are like it.",
+        f"(0 is right; rounding explains {rounding:.0%} of them); {len(stuck)} of {len(places)} tensors are like it.",
         evidence=(Evidence(worst, LIMIT),),
         severity="critical",
         step=min(over[0].step for over in stuck.values()),
