@@ -259,6 +259,20 @@ def test_a_docstring_becomes_headings_paragraphs_lists_and_code():
     assert 'href="https://example.org/a?b=1&amp;c"' in found[7].text
 
 
+def test_sections_may_be_indented_or_ruled():
+    found = blocks("First.\n\nWhy\n---\nA.\n\nCure\n    B,\n    c.\n\n        code()\n\nSources\n    D.")
+    assert [(block.kind, str(block.text)) for block in found] == [
+        ("paragraph", "First."),
+        ("heading", "Why"),
+        ("paragraph", "A."),
+        ("heading", "Cure"),
+        ("paragraph", "B, c."),
+        ("code", "code()"),
+        ("heading", "Sources"),
+        ("paragraph", "D."),
+    ]
+
+
 def test_prose_cannot_smuggle_a_tag():
     assert inline('<img src=x> "https://e.org/"onmouseover=') == (
         '&lt;img src=x&gt; &#34;<a href="https://e.org/" rel="noreferrer noopener">https://e.org/</a>&#34;onmouseover='

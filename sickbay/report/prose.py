@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,7 @@ from markupsafe import Markup, escape
 from sickbay.core.condition import HEADINGS
 
 _SPANS = re.compile(r"``?(?P<code>[^`\n]+)``?|(?P<url>https?://[^\s<>\"')\]]*[^\s<>\"')\].,;:])")
+_RULE = re.compile(r"[-=~]{3,}")
 _ITEM = re.compile(r"\s{0,3}(?:[-*]|\d+\.)\s+")
 
 
@@ -26,19 +28,20 @@ class Block:
 def blocks(doc: str) -> list[Block]:
     """`doc` in blocks: lines of one paragraph joined, indented or fenced stretches kept as code."""
     found: list[Block] = []
-    for chunk in _chunks(doc):
-        lines = chunk.split("\n")
-        if lines[0].startswith("```") or all(line.startswith("    ") for line in lines):
-            code = [line for line in lines if not line.startswith("```")]
-            margin = min((len(line) - len(line.lstrip()) for line in code if line.strip()), default=0)
-            found.append(Block("code", escape("\n".join(line[margin:] for line in code))))
-        elif len(lines) == 1 and lines[0] in HEADINGS:
-            found.append(Block("heading", escape(lines[0])))
-        elif _ITEM.match(lines[0]):
-            found.append(Block("list", Markup(), [inline(item) for item in _items(lines)]))
-        else:
-            found.append(Block("paragraph", inline(" ".join(line.strip() for line in lines))))
+    for heading, body in _sections(doc):
+        if heading:
+            found.append(Block("heading", escape(heading)))
+        found += [_block(chunk.split("\n")) for chunk in _chunks(body)]
     return found
+
+
+def _block(lines: list[str]) -> Block:
+    if lines[0].startswith("```") or all(line.startswith("    ") for line in lines):
+        code = "\n".join(line for line in lines if not line.startswith("```"))
+        return Block("code", escape(textwrap.dedent(code)))
+    if _ITEM.match(lines[0]):
+        return Block("list", Markup(), [inline(item) for item in _items(lines)])
+    return Block("paragraph", inline(" ".join(line.strip() for line in lines)))
 
 
 def inline(text: str) -> Markup:
@@ -55,11 +58,22 @@ def inline(text: str) -> Markup:
     return Markup("".join(parts) + str(escape(text[end:])))
 
 
-def _chunks(doc: str) -> list[str]:
-    """`doc` cut at blank lines, around fences, and around headings with or without a rule beneath them."""
+def _sections(doc: str) -> list[tuple[str, str]]:
+    """(heading, body) in order, the first heading empty; bodies lose the indentation that all their lines share."""
+    sections: list[tuple[str, list[str]]] = [("", [])]
+    for line in doc.split("\n"):
+        if line in HEADINGS:
+            sections.append((line, []))
+        elif not (_RULE.fullmatch(line) and sections[-1][0] and not sections[-1][1]):
+            sections[-1][1].append(line)
+    return [(heading, textwrap.dedent("\n".join(lines)).strip("\n")) for heading, lines in sections]
+
+
+def _chunks(body: str) -> list[str]:
+    """`body` cut at blank lines and around fences."""
     chunks: list[list[str]] = [[]]
     fenced = False
-    for line in doc.split("\n"):
+    for line in body.split("\n"):
         if line.startswith("```"):
             if not fenced:
                 chunks.append([])
@@ -67,14 +81,10 @@ def _chunks(doc: str) -> list[str]:
             if fenced:
                 chunks.append([])
             fenced = not fenced
-        elif fenced:
-            chunks[-1].append(line)
-        elif line.strip() in HEADINGS and not line.startswith(" "):
-            chunks += [[line.strip()], []]
-        elif not line.strip() or (set(line.strip()) <= set("-=~") and len(line.strip()) > 3):
-            chunks.append([])
-        else:
+        elif fenced or line.strip():
             chunks[-1].append(line.rstrip())
+        else:
+            chunks.append([])
     return ["\n".join(chunk) for chunk in chunks if chunk]
 
 
