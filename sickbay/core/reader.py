@@ -56,8 +56,12 @@ def load_chart(folder: str | Path) -> Chart:
     ]
     main.facts["ranks"] = facts
     if stopped:
+        texts = {
+            rank: text or f"after step {main.last_step}: no space was left on the disk, not even to say so"
+            for rank, text in stopped.items()
+        }
         main.facts["recording_stopped"] = "; ".join(
-            text if len(facts) == 1 else f"rank {rank}, {text}" for rank, text in sorted(stopped.items())
+            text if len(facts) == 1 else f"rank {rank}, {text}" for rank, text in sorted(texts.items())
         )
     return Chart(events, main.facts, main.unobserved, recorded=main._recorded)
 
@@ -115,7 +119,7 @@ def _open(path: Path) -> tuple[Record, dict[str, Any], dict[str, str]]:
             connection.close()
     # A folder that cannot be written cannot hold WAL's shared memory: read a copy.
     with tempfile.TemporaryDirectory(prefix="sickbay-") as scratch:
-        for suffix in ("", "-wal"):
+        for suffix in ("", "-wal", "-journal"):
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(f"{path}{suffix}", Path(scratch) / f"{path.name}{suffix}")
         connection = connect(Path(scratch) / path.name)

@@ -33,7 +33,8 @@ MIN_BYTES = 256 * 1024
 MAX_CHANNELS = 20_000  # distinct (signal, where, source); beyond it places are told apart no more
 MAX_LAYOUTS = 2_000  # distinct sets of places; beyond it a table is stored reading by reading
 MAX_PENDING = 4_096  # readings of one step before they are written without waiting for its end
-MAX_BACKLOG = 1_000  # statements kept for later while a reader holds the file
+MAX_BACKLOG = 20_000  # statements kept for later while a reader holds the file
+RETRY_SECONDS = 0.5  # between two tries then, so that training does not wait at every step
 MAX_NOTE = 16_384  # characters of one note
 CLOSING_TRIES = 40  # to write the last steps while a reader holds the file, BUSY_SECONDS each
 ROWS_SHARE = 0.6  # of max_bytes for the rows; the rest is for events, names, SQLite's pages and its log
@@ -80,6 +81,7 @@ class RecordWriter:
         self._slots = EventSlots()
         self._event_bytes = 0
         self._unmeasured = 0
+        self._retry_at = 0.0
         self._compactor = Compactor(int(self._max_bytes * ROWS_SHARE))
         self.connection: sqlite3.Connection | None = None
         try:
@@ -119,6 +121,8 @@ class RecordWriter:
                 at = self.step if step is None else int(step)
                 if event:
                     self._event(at, signal, number, where, text, source)
+                    if len(self._batch) > MAX_PENDING:
+                        self._commit()
                     return
                 key = (signal, where, source)
                 channel = self._channels.get(key)
@@ -178,6 +182,7 @@ class RecordWriter:
         if self._closed or self._pid != os.getpid():
             return
         with self._lock:
+            self._retry_at = 0.0
             self._commit()
 
     def close(self) -> None:
@@ -185,11 +190,11 @@ class RecordWriter:
         if self._closed or self._pid != os.getpid():
             return
         with self._lock:
-            self._commit()
             for _ in range(CLOSING_TRIES):
+                self._retry_at = 0.0
+                self._commit()
                 if not self._batch:
                     break
-                self._commit()
             self._closed = True
             if self.connection is not None:
                 with contextlib.suppress(sqlite3.Error):
@@ -209,6 +214,8 @@ class RecordWriter:
                     self._remember((statement, (str(key), text)))
                 else:
                     self._batch.append((statement, (_ascii(str(key)), text)))
+                    if len(self._batch) > MAX_PENDING:
+                        self._commit()
         except Exception:  # a value that cannot even be turned into text says nothing
             return
 
@@ -246,11 +253,13 @@ class RecordWriter:
             size = self._pack()
             if self.stopped:
                 self._remember_batch()
-            elif self._batch:
+            elif self._batch and (not self._retry_at or time.monotonic() >= self._retry_at or len(self._batch) > MAX_BACKLOG):
                 self._execute(size)
+                self._retry_at = 0.0
         except Exception as problem:
             if not _is_busy(problem) or len(self._batch) > MAX_BACKLOG:
                 self._stop(problem)
+            self._retry_at = time.monotonic() + RETRY_SECONDS
         finally:
             self._busy = False
 
