@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
+import sickbay
 from sickbay.core.errors import SickbayError, UsageError
 
 # name -> module; a command whose file is not there is not offered.
@@ -60,10 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
+        import signal
+
         from sickbay.supervisor import die_by
 
-        die_by(2)
-        return 130
+        die_by(signal.SIGINT)
+        return 128 + signal.SIGINT
 
 
 def commands() -> dict[str, str]:
@@ -76,12 +79,7 @@ def _run(words: list[str]) -> int:
         print(_help(), file=sys.stdout if words else sys.stderr)
         return 0 if words else USAGE_EXIT
     if words[0] in ("-V", "--version"):
-        from importlib import metadata
-
-        try:
-            print(f"sickbay {metadata.version('sickbay')}")
-        except metadata.PackageNotFoundError:
-            print("sickbay (not installed)")
+        print(f"sickbay {sickbay.__version__}")
         return 0
     name, rest = words[0], words[1:]
     there = commands()

@@ -8,6 +8,7 @@ Everything after SCRIPT (or -m MODULE) belongs to the script. SICKBAY=0 in the e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from sickbay import launch
 from sickbay.core.errors import SickbayError, UsageError
 from sickbay.core.settings import Settings, switched_off
-from sickbay.script import Script, unwatched_reason
+from sickbay.entry import unwatched_reason
+from sickbay.script import Script
 from sickbay.supervisor import Ended, die_by, supervise
 
 if TYPE_CHECKING:
@@ -135,12 +137,15 @@ def _report(args: argparse.Namespace, settings: Settings, script: Script, rank: 
             _say(problem)
         if sys.stderr is not None:
             terminal.show(chart, verdict, str(page) if page.exists() else "")
-        if args.json:
+        if args.json and sys.stdout is not None:
             sys.stdout.write(record.to_json(record.report(chart, verdict)))
             sys.stdout.flush()
         return _exit_code(args, ended, verdict)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # Whoever read our output has gone; Python would complain once more when it flushes at exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
     except Exception as problem:
         _say(f"the report could not be made: {type(problem).__name__}: {problem}; the record is in {folder}")
     return ended.exit_code
@@ -169,7 +174,7 @@ def _chart(folder: Path, rank: launch.Rank) -> Chart:
             reason = (
                 f"the record cannot be read: {problem}"
                 if recorded
-                else "nothing was recorded: the script ended before sickbay's watch had begun"
+                else "nothing was recorded: sickbay did not get into the script's process"
             )
     return Chart(facts={"watched": False, "problems": [reason]}, unobserved=dict.fromkeys(SIGNALS, reason))
 
@@ -199,5 +204,5 @@ def _how(ended: Ended, chart: Chart) -> str:
 
 
 def _say(text: str) -> None:
-    if sys.stderr is not None:
+    with contextlib.suppress(OSError, AttributeError):  # stderr may be closed or full
         print(f"sickbay: {text}", file=sys.stderr)

@@ -33,15 +33,16 @@ def _run_the_real_one() -> bool:
 
 
 def _enter(root: str, settings: str) -> None:
+    already = set(sys.modules)
     sys.path.insert(0, root)
     try:
-        from sickbay import script
+        from sickbay import entry
     except Exception as problem:
         sys.stderr.write(f"sickbay: this run is not watched: {type(problem).__name__}: {problem}\n")
         return
     finally:
         sys.path.remove(root)
-    script.begin(settings)
+    entry.begin(settings, already)
 
 
 def _start() -> bool:
