@@ -19,7 +19,18 @@ from sickbay.patient import Patient
 from sickbay.probes import loss_lines
 from sickbay.probes.loop import Loop
 
-SIGNALS = (*masks.SIGNALS, *internals.SIGNALS, "first_nonfinite")
+_MASK_SIGNALS = (
+    "target_offset",
+    "ignored_targets",
+    "padding_counted",
+    "eos_targets",
+    "future_influence",
+    "past_blocked",
+    "padding_influence",
+    "packing_influence",
+    "row_influence",
+)
+SIGNALS = (*_MASK_SIGNALS, *internals.SIGNALS, "first_nonfinite")
 
 _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
@@ -46,8 +57,8 @@ class Examiner:
         self.patient, self.record, self.loop, self.folder = patient, record, loop, folder
         self._asked: weakref.WeakKeyDictionary[nn.Module, Asked] = weakref.WeakKeyDictionary()
         self._functional = Asked()
-        self._stretch = nonfinite.Stretch()
-        self._lines = loss_lines.LossLines(patient)
+        self._lines = loss_lines.LossLines()
+        self._stretch = nonfinite.Stretch(self._lines.segments)
         self._began = time.monotonic()
         self._spent = 0.0
         self._traces = 0
@@ -58,7 +69,7 @@ class Examiner:
         self._lines.end()
 
     def forward_end(self, call: Any, output: Any) -> None:
-        if call.grad_enabled and self.record.step < 2:
+        if call.grad_enabled and not self.patient.compiled:
             self._lines.begin()
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
@@ -69,11 +80,12 @@ class Examiner:
             self._trace("loss", loss)
             return
         calls = self.patient.training_calls()
-        self._stretch.note(loss, bool(calls))
+        captured = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
+        self._stretch.note(loss, bool(calls) and len(captured) == 1)
         self._examine(self._asked.setdefault(calls[-1].module, Asked()) if calls else self._functional, loss)
 
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
-        if not self.patient.roots and self.record.step < 2:
+        if not self.patient.roots and kind != "func":
             self._lines.begin()
 
     def functional(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -85,6 +97,7 @@ class Examiner:
 
     def round_end(self, step: int) -> None:
         self._stretch.forget()
+        self._lines.end_step()
         self.patient.functional = None
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -93,7 +106,9 @@ class Examiner:
         affordable = forwards < 3 or self._spent < _SHARE * (time.monotonic() - self._began)
         if asked.masks < len(_MASKS_AT) and forwards >= _MASKS_AT[asked.masks] and affordable:
             asked.masks += 1
-            self._write(asked, masks.SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
+            self._write(asked, _MASK_SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
+            if {"target_offset", "row_influence"} <= asked.settled:
+                asked.masks = max(asked.masks, _MASKS_AT.index(20))
         if asked.internals < len(_INTERNALS_AT) and forwards >= _INTERNALS_AT[asked.internals] and affordable:
             asked.internals += 1
             self._write(asked, internals.SIGNALS, lambda: internals.examine(self.patient, self.record.step))
@@ -105,6 +120,9 @@ class Examiner:
                 if signal not in asked.settled:
                     self.record.unobserved(signal, answer.reason)
             return
+        for signal, reason in getattr(answer, "reasons", {}).items():
+            if signal not in asked.settled:
+                self.record.unobserved(signal, reason)
         for reading in answer:
             asked.settled.add(reading["signal"])
             self.record.read(reading["signal"], reading["value"], where=reading.get("where", ""), note=reading.get("note"), source=reading.get("source", ""))

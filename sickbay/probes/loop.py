@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import ForwardCall, Patient, tensors_in, user_line
@@ -97,8 +98,8 @@ class Loop:
         self._replace(scaler, "step", self._around_scaler_step)
         self._replace(scaler, "update", self._around_scaler_update)
         handles = [
-            torch.optim.optimizer.register_optimizer_step_pre_hook(self._before_step),
-            torch.optim.optimizer.register_optimizer_step_post_hook(self._after_step),
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
         ]
         self._undo.extend(handle.remove for handle in handles)
         self._modules_on()
