@@ -122,6 +122,12 @@ def test_problems_and_a_stopped_recording_are_told():
     assert "recording stopped: step 7: disk full" in text
     assert "sickbay's own problem: probe gradients: RuntimeError: x" in text
     assert "and 1 more in the report" in text
+    failed = {"probe": "gradients", "event": "step", "step": 3, "error": "RuntimeError('x')"}
+    chart = Chart(facts={"recording_stopped": "step 9: read-only", "problems": [failed], "ranks": {"0": {}, "1": {"problems": ["lost"]}}})
+    text = terminal.plain_card(chart, Checkup())
+    assert "recording stopped: step 9: read-only" in text
+    assert "sickbay's own problem: gradients, step at step 3: RuntimeError('x')" in text
+    assert "sickbay's own problem: rank 1: lost" in text
 
 
 def test_words():

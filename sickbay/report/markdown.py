@@ -7,7 +7,7 @@ import re
 from sickbay import registry
 from sickbay.core.chart import Chart
 from sickbay.core.diagnosis import Checkup, Diagnosis
-from sickbay.report.words import by_reason, ended, num_steps, one_line, problem_texts, verdict_line
+from sickbay.report.words import by_reason, ended, num_steps, one_line, problem_texts, recording_stopped, verdict_line
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|<>~@&$])")
 
@@ -24,8 +24,8 @@ def markdown(chart: Chart, checkup: Checkup) -> str:
     lines += [f"Healthy: {len(checkup.healthy)}. Not examined: {len(checkup.unexamined)}.", ""]
     if checkup.unexamined:
         lines += [f"- {literal(reason)}: {', '.join(ids)}" for reason, ids in by_reason(checkup.unexamined)] + [""]
-    if chart.facts.get("recording"):
-        lines += [f"Recording stopped: {literal(one_line(chart.facts['recording']))}", ""]
+    if recording_stopped(chart.facts):
+        lines += [f"Recording stopped: {literal(recording_stopped(chart.facts))}", ""]
     lines += [f"- Problem of sickbay itself: {literal(problem)}" for problem in problem_texts(chart.facts)]
     return "\n".join(lines).rstrip() + "\n"
 

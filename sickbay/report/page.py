@@ -22,7 +22,17 @@ from sickbay.core.signals import SIGNALS
 from sickbay.report import curves, heatmap, record
 from sickbay.report.colours import theme_css
 from sickbay.report.prose import blocks
-from sickbay.report.words import CHAPTER_TITLES, by_reason, duration, ended, one_line, problem_texts, shorten, verdict_line
+from sickbay.report.words import (
+    CHAPTER_TITLES,
+    by_reason,
+    duration,
+    ended,
+    one_line,
+    problem_texts,
+    recording_stopped,
+    shorten,
+    verdict_line,
+)
 
 SAFETY = {"safe": "same mathematics", "changes-training": "changes the training's numbers from here on", "advice": "needs your hand"}
 LONGEST_PATH = 240
@@ -69,7 +79,7 @@ def page(chart: Chart, checkup: Checkup) -> str:
                 {key: one_line(value) for key, value in t.items()} for t in chart.facts.get("treatments") or [] if isinstance(t, dict)
             ],
             exception=_exception(chart),
-            recording=one_line(chart.facts.get("recording") or ""),
+            recording=recording_stopped(chart.facts),
             problems=problem_texts(chart.facts),
             version=record.version(),
         )

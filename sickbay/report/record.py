@@ -36,7 +36,7 @@ def report(chart: Chart, checkup: Checkup) -> dict[str, Any]:
         "unexamined": [{"condition": id_, "reason": jsonable(reason)} for id_, reason in checkup.unexamined.items()],
         "treatments": jsonable(facts.get("treatments") or []),
         "problems": jsonable(facts.get("problems") or []),
-        "recording": jsonable(facts.get("recording")) or None,
+        "recording": jsonable(facts.get("recording_stopped") or facts.get("recording")) or None,
     }
 
 

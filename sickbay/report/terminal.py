@@ -14,7 +14,7 @@ from rich.text import Text
 from sickbay import registry
 from sickbay.core.chart import Chart
 from sickbay.core.diagnosis import Checkup, Diagnosis, number
-from sickbay.report.words import by_reason, duration, ended, num_steps, one_line, problem_texts, shorten, verdict_line
+from sickbay.report.words import by_reason, duration, ended, num_steps, one_line, problem_texts, recording_stopped, shorten, verdict_line
 
 MAX_LINES = 40
 PLAIN_WIDTH = 100
@@ -133,10 +133,9 @@ def _finding(rank: int, diagnosis: Diagnosis, width: int, few: bool) -> list[Tex
 
 def _foot(chart: Chart, checkup: Checkup, width: int, few: bool) -> list[Text]:
     lines: list[Text] = [Text("")]
-    if chart.facts.get("recording"):
-        lines += _wrap(_text(("recording stopped: ", "yellow"), (one_line(chart.facts["recording"]), "")), width, indent=2)[
-            : 3 if few else None
-        ]
+    stopped = recording_stopped(chart.facts)
+    if stopped:
+        lines += _wrap(_text(("recording stopped: ", "yellow"), (stopped, "")), width, indent=2)[: 3 if few else None]
     problems = problem_texts(chart.facts)
     for problem in problems[: 2 if few else None]:
         lines += _wrap(_text(("sickbay's own problem: ", "yellow"), (problem, "")), width, indent=2)[: 2 if few else None]

@@ -102,9 +102,28 @@ def by_reason(unexamined: Mapping[str, str]) -> list[tuple[str, list[str]]]:
     return sorted(groups.items(), key=lambda group: -len(group[1]))
 
 
+def recording_stopped(facts: Mapping[str, Any]) -> str:
+    """When and why recording stopped; empty if it went on to the end."""
+    return one_line(facts.get("recording_stopped") or facts.get("recording") or "")
+
+
 def problem_texts(facts: Mapping[str, Any]) -> list[str]:
-    """What went wrong inside sickbay itself, one line each."""
-    problems = facts.get("problems") or []
-    if isinstance(problems, (str, Mapping)):
-        problems = [problems]
-    return [one_line(", ".join(f"{k} {v}" for k, v in p.items()) if isinstance(p, Mapping) else p) for p in problems]
+    """What went wrong inside sickbay itself, one line each, on every rank."""
+    texts = [_problem(problem) for problem in _listed(facts.get("problems"))]
+    ranks = facts.get("ranks")
+    for rank, own in ranks.items() if isinstance(ranks, Mapping) else ():
+        if str(rank) != "0" and isinstance(own, Mapping):
+            texts += [f"rank {one_line(rank)}: {_problem(problem)}" for problem in _listed(own.get("problems"))]
+    return texts
+
+
+def _listed(problems: Any) -> list[Any]:
+    return [problems] if isinstance(problems, (str, Mapping)) else list(problems or ())
+
+
+def _problem(problem: Any) -> str:
+    if isinstance(problem, Mapping) and {"probe", "error"} <= problem.keys():
+        occasion = "".join(f", {problem[key]}" for key in ("event",) if key in problem)
+        step = f" at step {problem['step']}" if "step" in problem else ""
+        return one_line(f"{problem['probe']}{occasion}{step}: {problem['error']}")
+    return one_line(", ".join(f"{k} {v}" for k, v in problem.items()) if isinstance(problem, Mapping) else problem)
