@@ -123,7 +123,7 @@ def _listed(problems: Any) -> list[Any]:
 
 def _problem(problem: Any) -> str:
     if isinstance(problem, Mapping) and {"probe", "error"} <= problem.keys():
-        occasion = "".join(f", {problem[key]}" for key in ("event",) if key in problem)
+        occasion = f", {problem['event']}" if "event" in problem else ""
         step = f" at step {problem['step']}" if "step" in problem else ""
         return one_line(f"{problem['probe']}{occasion}{step}: {problem['error']}")
     return one_line(", ".join(f"{k} {v}" for k, v in problem.items()) if isinstance(problem, Mapping) else problem)
