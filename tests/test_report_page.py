@@ -192,6 +192,7 @@ def test_the_loss_chart_shows_evaluation_and_chance():
     (found,) = curves.all_curves(Chart(readings))
     assert [(line.label, line.dashed) for line in found.lines] == [("loss", False), ("eval_loss", False), ("uniform guess", True)]
     assert found.lines[1].values == [None, None, 3.5, None]
+    assert found.lines[2].values == [4.0] * 4
     assert curves.all_curves(Chart([Reading(0, "chance_loss", 4.0)])) == []
 
 

@@ -79,6 +79,7 @@ def _over_tensors(chart: Chart, signal: str) -> list[tuple[str, dict[int, float]
 
 def _curves(id_: str, title: str, raw: list[tuple[str, dict[int, float]]]) -> Curves:
     steps = sorted({step for _, values in raw for step in values})
+    raw = [(label, _held(values, steps) if label == CHANCE else values) for label, values in raw]
     lost = sorted({step for _, values in raw for step, value in values.items() if not math.isfinite(value)})
     solid = [value for label, values in raw if label != CHANCE for value in values.values() if math.isfinite(value)]
     positive = [value for value in solid if value > 0]
@@ -87,6 +88,15 @@ def _curves(id_: str, title: str, raw: list[tuple[str, dict[int, float]]]) -> Cu
     kept = _thin(steps, [values for _, values in raw])
     lines = [Line(label, [_finite(values.get(step)) for step in kept], label == CHANCE) for label, values in raw]
     return Curves(id_, title, SIGNALS[id_].unit, kept, lines, log, _thin_steps(lost), _caption(raw[0][1]))
+
+
+def _held(values: dict[int, float], steps: list[int]) -> dict[int, float]:
+    """`values` with each held until the next: what was measured once stays true."""
+    held: dict[int, float] = {}
+    known = values[min(values)]
+    for step in steps:
+        known = held[step] = values.get(step, known)
+    return held
 
 
 def _caption(values: dict[int, float]) -> str:

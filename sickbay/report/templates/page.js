@@ -8,6 +8,8 @@
     const size = Math.abs(value);
     return size >= 1e6 || size < 1e-4 ? value.toExponential(1) : value.toLocaleString("en", { maximumSignificantDigits: 4 });
   };
+  const MARK_ROWS = Math.min(4, data.marks.length);
+  const HEIGHT = 205 + 15 * MARK_ROWS;
   const FONT = '11px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif';
 
   // The findings as dashed lines with their names, and the steps without a finite value as a rug along the top.
@@ -22,7 +24,7 @@
     ctx.font = FONT.replace("11px", 11 * ratio + "px");
     ctx.textBaseline = "top";
     ctx.textAlign = "left";
-    const rowEnds = [];
+    const rows = [];
     for (const [step, label, severity] of data.marks) {
       const x = u.valToPos(step, "x", true);
       if (x < bbox.left - 1 || x > bbox.left + bbox.width + 1) continue;
@@ -33,20 +35,14 @@
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);
       ctx.stroke();
-      const width = ctx.measureText(label).width, gap = 5 * ratio;
-      const left = x + gap + width > bbox.left + bbox.width ? Math.max(bbox.left, x - gap - width) : x + gap;
+      // The names stand above the plot, where they hide no data; each in the first row that has room.
+      const width = ctx.measureText(label).width, gap = 8 * ratio;
+      const left = Math.min(x, bbox.left + bbox.width - width);
       let row = 0;
-      while ((rowEnds[row] || []).some(([from, to]) => left < to + gap && left + width > from - gap)) row += 1;
-      (rowEnds[row] = rowEnds[row] || []).push([left, left + width]);
-      const top = bbox.top + (10 + row * 15) * ratio;
-      if (top + 14 * ratio > bbox.top + bbox.height) continue;
-      const ink = ctx.fillStyle;
-      ctx.fillStyle = colour("paper");
-      ctx.globalAlpha = 0.85;
-      ctx.fillRect(left - 2 * ratio, top - 2 * ratio, width + 4 * ratio, 15 * ratio);
-      ctx.globalAlpha = 1;
-      ctx.fillStyle = ink;
-      ctx.fillText(label, left, top);
+      while ((rows[row] || []).some(([from, to]) => left < to + gap && left + width > from - gap)) row += 1;
+      if (row >= MARK_ROWS) continue;
+      (rows[row] = rows[row] || []).push([left, left + width]);
+      ctx.fillText(label, left, bbox.top - (row + 1) * 15 * ratio);
     }
     ctx.restore();
   };
@@ -70,7 +66,8 @@
       const inks = ["first", "second", "third"].map(colour);
       const options = {
         width: element.clientWidth,
-        height: 210,
+        height: HEIGHT,
+        padding: [8 + 15 * MARK_ROWS, null, null, null],
         cursor: { sync: { key: sync.key }, points: { size: 6 } },
         legend: { live: true },
         scales: { x: { time: false }, y: chart.log ? { distr: 3 } : {} },
@@ -92,7 +89,7 @@
   };
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  addEventListener("resize", () => plots.forEach((plot) => plot.setSize({ width: plot.root.parentElement.clientWidth, height: 210 })));
+  addEventListener("resize", () => plots.forEach((plot) => plot.setSize({ width: plot.root.parentElement.clientWidth, height: HEIGHT })));
 
   for (const svg of document.querySelectorAll("[data-map]")) {
     const map = data.maps[Number(svg.dataset.map)];
