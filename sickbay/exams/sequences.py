@@ -67,8 +67,8 @@ class Rerun:
         self.call, self.function = call, function
         self.rows: int | None = None
         self._torch_state, self._python_state = torch.get_rng_state(), random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy_state = numpy.random.get_state() if numpy else None
+        numpy = sys.modules.get("numpy.random")
+        self._numpy_state = numpy.get_state() if numpy else None
         self.here = user_line()
         if call is not None:
             self._to_single_precision(call)
@@ -97,7 +97,7 @@ class Rerun:
         torch.set_rng_state(self._torch_state)
         random.setstate(self._python_state)
         if self._numpy_state is not None:
-            sys.modules["numpy"].random.set_state(self._numpy_state)
+            sys.modules["numpy.random"].set_state(self._numpy_state)
         if self.call is not None:
             output, _ = rerun(self.call, intercept, keep=False, rows=self.rows)
             return output
@@ -131,7 +131,7 @@ def _widened(value: Any) -> Any:
 
 def distinct(ids: Tensor) -> Tensor:
     """The different values of `ids`, ascending, `(n,)`."""
-    return torch.unique(ids)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.unique(ids)  # type: ignore[no-any-return]
 
 
 def is_ids(tensor: Any) -> bool:

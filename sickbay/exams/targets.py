@@ -103,7 +103,7 @@ def _influence(loss: Tensor, node: Any) -> Tensor | None:
     if edge is None:
         return None
     try:
-        (gradient,) = torch.autograd.grad(loss, [edge(node, 0)], torch.ones_like(loss), retain_graph=True, allow_unused=True)
+        (gradient,) = torch.autograd.grad(loss, [edge(node, 0)], retain_graph=True, allow_unused=True)
     except RuntimeError:
         return None
     return gradient if isinstance(gradient, Tensor) else None

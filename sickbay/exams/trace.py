@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +86,11 @@ class Tracer(TorchDispatchMode):
         self._path, self._intercept, self._keep = path, intercept, keep
         self._count = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch need not load its compiler to keep it away from this mode, as nothing is compiled while it is on."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -109,7 +115,8 @@ class Stop(Exception):
 def conditions_of(call: ForwardCall) -> Iterator[None]:
     """Inside, RNG, grad mode and autocast are as they were at `call`, and compiled code runs eagerly."""
     torch.set_rng_state(call.rng)
-    stance = getattr(torch.compiler, "set_stance", None)
+    # Where nothing was compiled there is nothing to disarm, and loading the compiler takes a second.
+    stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
     eager = stance("force_eager") if stance else contextlib.nullcontext()
     with eager, torch.set_grad_enabled(call.grad_enabled), autocast_of(call):
         yield
