@@ -15,6 +15,8 @@ from typing import Any
 from sickbay.core.chart import Reading
 
 FORWARD = ("forward", "loss")
+LARGEST_FINITE = {"float16": 65504.0, "bfloat16": 3.389e38, "float32": 3.403e38, "float64": 1.798e308}  # IEEE 754-2019, table 3.5
+HIGHEST_POWER = 4  # the largest exponent in common use: kurtosis, GELU's cube
 _WRAPPING = re.compile(r"(^aten(::|\.)|^_+|Backward\d*$|_+$)")
 
 
@@ -69,6 +71,12 @@ class Origin:
     def largest(self) -> float:
         """The largest magnitude among the operands; NaN where unknown."""
         return max((operand.largest for operand in self.operands if operand.largest == operand.largest), default=math.nan)
+
+    @property
+    def may_outgrow(self) -> bool:
+        """True where a common power of the largest operand leaves the format; a power of smaller operands fails at 0 or below instead."""
+        limit: float = LARGEST_FINITE.get(self.dtype, LARGEST_FINITE["float32"]) ** (1 / HIGHEST_POWER)
+        return self.largest > limit
 
     @property
     def place(self) -> str:

@@ -33,6 +33,7 @@ from sickbay.core.nonfinite import Origin, origins
 
 ALL_IGNORED = Threshold(1.0, "share of targets", source="definition: no target is left for the mean")
 EXPONENTIALS = frozenset({"exp", "exp2", "expm1"})
+NEAR = 3  # operations back: the quotient of a softmax has its exponentials that near
 DIVISIONS = frozenset({"div", "true_divide", "truediv", "remainder", "fmod", "floor_divide", "reciprocal", "rsqrt", "addcdiv"})
 MEANS = frozenset({"mean", "std", "var", "std_mean", "var_mean", "nanmean"})
 LOSSES = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"})
@@ -58,7 +59,7 @@ def diagnose(chart: Chart) -> Diagnosis | None:
 def _story(origin: Origin) -> str:
     """What was divided by zero, in words; empty where nothing was."""
     divisor = origin.divisor
-    if origin.op in DIVISIONS and divisor.zeros and not (origin.forward and EXPONENTIALS & set(origin.chain)):
+    if origin.op in DIVISIONS and divisor.zeros and not (origin.forward and EXPONENTIALS & set(origin.chain[:NEAR])):
         of = "the one" if divisor.shape in ((), (1,)) else f"{divisor.zeros} of the {_shape(divisor.shape)}"
         return f"{origin.op} had a zero in its denominator ({of} value{'s' if divisor.shape not in ((), (1,)) else ''})"
     if origin.op in DIVISIONS and divisor.empty:
@@ -67,7 +68,7 @@ def _story(origin: Origin) -> str:
         return f"{origin.op} of no elements (shape {_shape(origin.first.shape)}) is 0/0"
     if origin.forward and origin.op in MEANS - {"mean", "nanmean"} and origin.first.nonfinite == 0 and 1 in (*origin.first.shape, 1):
         return f"{origin.op} over a single element (shape {_shape(origin.first.shape)}) is 0/0"
-    if origin.forward and origin.op == "pow" and origin.first.zeros:
+    if origin.forward and origin.op == "pow" and origin.first.zeros and origin.first.low >= 0 and not origin.may_outgrow:
         return "pow raised 0 to a negative power"
     if origin.forward and origin.op in DIVIDES_BY_NORM and origin.first.zeros:
         return f"{origin.op} divided by a zero norm"

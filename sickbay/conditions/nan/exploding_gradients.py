@@ -40,59 +40,76 @@ RUNAWAY = Threshold(10.0, "x median so far", source=_CALIBRATED)
 LOSS_RISE = Threshold(1.2, "x loss before", source=_CALIBRATED)
 OVERFLOWING = Threshold(1e12, "operand", source="float32 overflows in a sum of products of such numbers; no healthy activation comes near")
 WINDOW, LASTING, TAIL = 50, 3, 5  # readings: of history, of a rise that is no accident, of the run's end
-BORN_SMALL = frozenset({"exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "softmax", "log_softmax"})
+FEWEST = 2  # readings before a rise can be called one: short runs explode too
+NAMED = frozenset(
+    {"exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logit", "sqrt", "rsqrt", "reciprocal", "softmax", "log_softmax"}
+    | {"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "nll_loss_forward"}
+)
+NEAR = 3  # operations back: exp, sum, quotient
+DIVISIONS = frozenset({"div", "true_divide", "truediv", "addcdiv"})
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
     skipped = {reading.step for reading in chart["skipped_step"] if reading.value}
     norms = [reading for reading in chart["grad_norm"] if reading.step not in skipped]
-    overflow = next((o for o in origins(chart["first_nonfinite"])), None)
-    grown = overflow is not None and _by_growth(overflow)
+    origin = next(iter(origins(chart["first_nonfinite"])), None)
     start, baseline = _onset(norms)
-    if start is None and not grown:
+    if start is None and not (origin is not None and _by_growth(origin)):
         return None
-    rise = start or next((r for r in norms if overflow and r.step >= overflow.reading.step), norms[-1])
-    harm = _harm(chart, rise.step, norms, baseline, grown)
+    step = start.step if start is not None else min(origin.reading.step, norms[-1].step) if origin else 0
+    harm = _harm(chart, step, norms, origin)
+    peak = max((r for r in norms if r.step >= step and math.isfinite(r.value)), key=lambda r: r.value, default=norms[-1])
     if not harm:
         return None
-    peak = max((r for r in norms if r.step >= rise.step and math.isfinite(r.value)), key=lambda r: r.value, default=rise)
-    limit = RUNAWAY * baseline if start else None
-    times = f", {number(peak.value / baseline)} x its median before step {rise.step}" if start and baseline > 0 else ""
-    place = _where(chart, rise.step) if start or not overflow else overflow.reading.where
-    source = overflow.reading.source if grown and overflow else rise.source
-    summary = f"the gradient norm ran away to {number(peak.value)}{times}, and {harm}"
-    return Diagnosis(summary, (Evidence(peak, limit),), "critical", step=rise.step, where=place, source=source)
+    times = f", {number(peak.value / baseline)} x its median before" if start is not None else ""
+    return Diagnosis(
+        summary=f"from step {step} the gradient norm ran away to {number(peak.value)}{times}, and {harm}",
+        evidence=(Evidence(peak, RUNAWAY * baseline if start is not None else None),),
+        severity="critical",
+        step=step,
+        where=_where(chart, step) or (origin.reading.where if origin else ""),
+        source=peak.source or (origin.reading.source if origin else ""),
+    )
 
 
 def _onset(norms: list[Reading]) -> tuple[Reading | None, float]:
     """The first reading of a lasting rise beyond RUNAWAY times the median before it, and that median."""
     values = [reading.value for reading in norms]
-    for index in range(2, len(norms)):
+    for index in range(FEWEST, len(norms)):
         baseline = median(values[max(0, index - WINDOW) : index])
         ahead = values[index : index + LASTING]
-        if baseline > 0 and all(not value <= RUNAWAY * baseline for value in ahead) and math.isfinite(ahead[0]):
+        # "not <=" so that NaN counts as beyond; a lone infinity is an overflow, not a rise.
+        if baseline > 0 and math.isfinite(ahead[0]) and all(not value <= RUNAWAY * baseline for value in ahead):
             return norms[index], baseline
-    return None, median(values)
+    return None, math.nan
 
 
-def _harm(chart: Chart, step: int, norms: list[Reading], baseline: float, grown: bool) -> str:
+def _harm(chart: Chart, step: int, norms: list[Reading], origin: Origin | None) -> str:
     """What the rise did to the run and did not take back, in words; empty if it did nothing."""
-    origin = next(iter(origins(chart["first_nonfinite"])), None)
     broken = next((r for r in norms if r.step >= step and not math.isfinite(r.value)), None)
-    if grown or (broken is not None and origin is None):
-        return f"overflowed at step {broken.step if broken is not None else step}"
+    if origin is not None and _by_growth(origin):
+        return f"{origin.op} overflowed at {origin.place} in step {origin.reading.step}"
+    if broken is not None and (origin is None or not _has_its_own_cause(origin)):
+        return f"it overflowed at step {broken.step}"
     losses = chart["loss"]
     before = median(losses.between(step - WINDOW, step - 1).values[-TAIL:])
-    after, end = losses.between(step, step + WINDOW).values, losses.values[-TAIL:]
-    if median(after) > LOSS_RISE * before and median(end) > LOSS_RISE * before:
-        return f"the loss went from {number(before)} to {number(median(end))}"
+    after, end = median(losses.between(step, step + WINDOW).values), losses.values[-TAIL:]
+    if after > LOSS_RISE * before and not median(end) <= LOSS_RISE * before:
+        return f"the loss went from {number(before)} to {number(median(end) if median(end) == median(end) else after)}"
     return ""
 
 
 def _by_growth(origin: Origin) -> bool:
-    """True where a product or a sum of numbers grown huge overflowed, after at least one update, in a format wider than float16."""
+    """True where numbers grown huge overflowed in a sum or product, after at least one update, in a format wider than float16."""
     born = origin.forward or origin.phase in ("backward", "update")
-    return born and origin.reading.step >= 1 and origin.dtype != "float16" and origin.op not in BORN_SMALL and origin.largest > OVERFLOWING
+    return born and origin.reading.step >= 1 and origin.largest > OVERFLOWING and not _has_its_own_cause(origin)
+
+
+def _has_its_own_cause(origin: Origin) -> bool:
+    """True where the operation, the batch or the format is what another condition names."""
+    by_zero = origin.op in DIVISIONS and origin.divisor.zeros > 0
+    of_exponentials = "exp" in origin.chain[:NEAR]
+    return origin.phase in ("input", "weight") or origin.op in NAMED or by_zero or of_exponentials or origin.dtype == "float16"
 
 
 def _where(chart: Chart, step: int) -> str:

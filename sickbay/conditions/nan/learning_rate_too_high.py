@@ -128,8 +128,8 @@ def _gradient_is_to_blame(chart: Chart) -> bool:
 
 
 def inject(case: Any) -> Any:
-    """A typing slip: 0.3 instead of 0.001."""
-    return case.but(learning_rate=0.3)
+    """The exponent got lost: 3 instead of 3e-3, under Adam."""
+    return case.but(learning_rate=3.0)
 
 
 condition = Condition(

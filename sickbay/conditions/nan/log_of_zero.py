@@ -63,6 +63,8 @@ def _at_the_edge(origin: Origin) -> bool:
     if origin.forward:
         if origin.op == "log1p":
             return low <= LOG1P_EDGE
+        if origin.op == "pow" and origin.may_outgrow:
+            return False
         below = low < EDGE if origin.op in ROOTS else low <= EDGE
         return origin.op in LOGARITHMS | ROOTS and (below or (origin.op == "logit" and origin.first.high >= 1))
     unknown = not origin.operands

@@ -84,10 +84,9 @@ def inject(case: Any) -> Any:
         from torch import nn
 
         model = case.build(sick)
-        for part in (*model.modules(),):
+        for part in model.modules():
             if isinstance(part, nn.Linear):
-                nn.init.kaiming_normal_(part.weight)
-        nn.init.normal_(model.token_embedding.weight)
+                nn.init.xavier_normal_(part.weight, gain=1.2)
         for block in model.blocks:
             block.attention_norm = block.feed_forward_norm = nn.Identity()
         model.final_norm = nn.Identity()

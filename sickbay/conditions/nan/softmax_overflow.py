@@ -41,6 +41,7 @@ EXP_LIMIT = {
     "float64": Threshold(709.78, "exponent", source=_SOURCE),
 }
 EXPONENTIALS = frozenset({"exp", "exp2", "expm1"})
+NEAR = 3  # operations back: exp, mask, sum, quotient
 QUOTIENTS = frozenset({"div", "true_divide", "truediv", "sum", "reciprocal"})
 
 
@@ -64,7 +65,7 @@ def _story(origin: Origin) -> str:
     limit = EXP_LIMIT.get(origin.dtype, EXP_LIMIT["float32"])
     if origin.op in EXPONENTIALS and origin.first.high > limit:
         return f"{origin.op}() of {number(origin.first.high)} is infinite in {origin.dtype or 'float32'} (limit {number(limit)})"
-    if origin.op in QUOTIENTS and EXPONENTIALS & set(origin.chain):
+    if origin.op in QUOTIENTS and EXPONENTIALS & set(origin.chain[:NEAR]):
         return f"{origin.op} over exponentials gave {'0/0' if origin.divisor.zeros else 'inf/inf'}"
     return ""
 
