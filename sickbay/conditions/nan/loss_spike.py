@@ -45,24 +45,27 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     losses = chart["loss"].finite()
     for index in range(FEWEST, len(losses) - 1):
         past = losses.values[max(0, index - HISTORY) : index]
-        spike: Reading = losses[index]
-        middle, z = median(past), robust_z(spike.value, past)
-        start = max(median(losses.values[:3]), middle)
-        if not z > OUTLIER or not spike.value - middle > RISE * start or _restarted(chart, spike.step):
+        onset: Reading = losses[index]
+        middle, z = median(past), robust_z(onset.value, past)
+        rise = RISE * max(median(losses.values[:3]), middle)
+        begins = z > OUTLIER and onset.value - middle > rise and not robust_z(past[-1], past[:-1]) > OUTLIER
+        if not begins or _restarted(chart, onset.step):
             continue
-        back = _back(losses.values[index + 1 : index + 1 + RECOVERY], middle, spike.value)
-        lead = _lead(chart, spike.step)
+        back = _back(losses.values[index + 1 : index + 1 + RECOVERY], middle, onset.value)
+        lead = _lead(chart, onset.step)
         if back is None or (lead is None and back > BRIEF):
             continue
+        peak: Reading = losses.between(onset.step, losses[index + back].step).worst() or onset
         led = f"; the gradient norm was {number(lead.value)} at step {lead.step} before it" if lead is not None else ""
+        limit = middle + max(rise, (onset.value - middle) * OUTLIER / z)
         return Diagnosis(
-            summary=f"the loss jumped from {number(middle)} to {number(spike.value)} at step {spike.step} "
-            f"({number(z)} robust standard deviations) and was back after {back} steps{led}",
-            evidence=tuple(Evidence(r, limit) for r, limit in ((spike, middle + (spike.value - middle) * OUTLIER / z), (lead, None)) if r),
+            summary=f"the loss jumped from {number(middle)} to {number(peak.value)} at step {peak.step} "
+            f"({number(robust_z(peak.value, past))} robust standard deviations) and was back after {back} step{'s' * (back > 1)}{led}",
+            evidence=(Evidence(peak, limit), *((Evidence(lead),) if lead is not None else ())),
             severity="warning",
-            step=lead.step if lead is not None else spike.step,
-            where=spike.where,
-            source=spike.source,
+            step=lead.step if lead is not None else onset.step,
+            where=onset.where,
+            source=onset.source,
         )
     return None
 
