@@ -162,6 +162,7 @@ def test_eos_masked() -> None:
     verdict = found("eos-masked", ends(0, 0), "warning")
     assert "id 9" in verdict.summary and "10 times in the inputs of 2 batches" in verdict.summary
     assert ask("eos-masked", ends(0, 0, 3)) is None
-    assert "1 batches" in unexamined("eos-masked", ends(0))
+    assert "3 end tokens among the inputs of 1 batches" in unexamined("eos-masked", ends(0, inputs=3))
+    assert found("eos-masked", ends(0, inputs=4), "warning") and found("eos-masked", ends(0, 0, inputs=1), "warning")
     assert unexamined("eos-masked", ends(0, 0, inputs=0))
     assert unexamined("eos-masked", ends(NAN, NAN))

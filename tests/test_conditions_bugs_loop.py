@@ -220,16 +220,12 @@ def test_dead_relu() -> None:
 
     alive = [read("dead_units", 0.1, step, "other") for step in range(3)]
     verdict = found("dead-relu", chart(dead_units=[*dead(0.2, 0.5, 0.9, 0.8), *alive]), "warning")
-    assert (
-        verdict.step == 1
-        and verdict.where == "ffn"
-        and "50% of the ReLU units of 64" in verdict.summary
-        and "1 of 2 layers" in verdict.summary
-    )
+    assert verdict.step == 1 and verdict.where == "ffn" and "50% of 64 ReLU units" in verdict.summary and "1 of 2 layers" in verdict.summary
     assert ask("dead-relu", chart(dead_units=dead(0.9, 0.49, 0.9))) is None
     assert ask("dead-relu", chart(dead_units=dead(0.9, 0.9, 0.9, all_dead_so_far=0.2))) is None, "other units each time: sparse, not dead"
-    assert unexamined("dead-relu", chart(dead_units=dead(0.9, 0.9)))
-    assert unexamined("dead-relu", chart(dead_units=dead(0.9, 0.9, NAN)))
+    assert unexamined("dead-relu", chart(dead_units=dead(0.89, 0.95)))
+    assert unexamined("dead-relu", chart(dead_units=dead(0.89, 0.95, NAN)))
+    assert found("dead-relu", chart(dead_units=dead(0.9)), "warning").certainty == "likely", "nearly all units: one batch is enough"
 
 
 def test_data_repeats() -> None:

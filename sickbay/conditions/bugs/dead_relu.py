@@ -28,28 +28,32 @@ from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
 
 LIMIT = Threshold(0.5, "share of units", source="Amazon SageMaker Debugger, DeadRelu rule: threshold_layer 50 %")
+NEARLY_ALL = Threshold(
+    0.9, "share of units", source="symmetric initialisation leaves about half of all units active; nine in ten silent are no chance"
+)
 EXAMS = Threshold(3, "batches", source="a unit that is zero in one batch may be sparse; three batches in a row make it unlikely")
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
-    """Layers of which half the units stayed at zero in the last three batches looked at, and in all of them where that is known."""
+    """Layers of which half the units stayed at zero in the last three batches looked at, or nearly all units in fewer."""
     seen = chart["dead_units"].finite()
     recent = {where: list(seen.at(where))[-int(EXAMS) :] for where in seen.places()}
-    judged = {where: readings for where, readings in recent.items() if len(readings) >= EXAMS}
+    judged = {where: readings for where, readings in recent.items() if len(readings) >= EXAMS or _share(readings) >= NEARLY_ALL}
     if not judged:
         return NotExamined(f"no ReLU layer was looked at in {EXAMS:.0f} batches")
     dead = {where: readings for where, readings in judged.items() if _share(readings) >= LIMIT}
     if not dead:
         return None
-    where = max(dead, key=lambda place: _share(dead[place]))
-    least = min(dead[where], key=lambda r: r.value)
+    where = max(dead, key=lambda place: (_share(dead[place]), len(dead[place])))
+    share, batches, least = _share(dead[where]), len(dead[where]), min(dead[where], key=lambda r: r.value)
     since = next(r for r in seen.at(where) if r.value >= LIMIT)
     units = f" of {float(least.note['units']):.0f}" if least.note.get("units") else ""
     return Diagnosis(
-        summary=f"{_share(dead[where]):.0%} of the ReLU units{units} in {where or 'a layer'} gave zero for every input of the last "
-        f"{EXAMS:.0f} batches looked at ({len(dead)} of {len(judged)} layers are like it): they have no gradient and cannot recover.",
+        summary=f"{share:.0%}{units} ReLU units in {where or 'a layer'} gave zero for every input of the last {batches} "
+        f"batch{'es' if batches > 1 else ''} looked at ({len(dead)} of {len(recent)} layers are like it): they have no gradient left.",
         evidence=(Evidence(least, LIMIT),),
         severity="warning",
+        certainty="confirmed" if batches >= EXAMS else "likely",
         step=since.step,
         where=where,
         source=least.source,

@@ -29,20 +29,24 @@ from sickbay.core.chart import Chart, Series
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
 
-BATCHES = Threshold(2, "batches", source="one batch may hold only texts that were cut before their end")
+BATCHES = Threshold(2, "batches", source="one batch may hold a single end token that a prompt's mask covers")
+ENDS = Threshold(4, "end tokens", source="several texts of one batch whose end is covered by a prompt's mask are no longer chance")
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
-    """No end token among the counted targets of at least two batches whose inputs hold some."""
+    """No end token among the counted targets of batches whose inputs hold several."""
     ended = Series(r for r in chart["eos_targets"].finite() if float(r.note.get("eos_in_inputs") or 0) > 0)
     if sum(ended.values) > 0:
         return None
-    if len(ended) < BATCHES:
-        return NotExamined(f"{len(ended)} batches with an end token among their inputs; this needs {BATCHES:.0f}")
-    first = ended[0]
     inputs = sum(float(r.note["eos_in_inputs"]) for r in ended)
+    if len(ended) < BATCHES and inputs < ENDS:
+        return NotExamined(
+            f"{inputs:.0f} end tokens among the inputs of {len(ended)} batches; this needs {ENDS:.0f}, or {BATCHES:.0f} batches"
+        )
+    first = ended[0]
+    batches = f"{len(ended)} batch{'es' if len(ended) > 1 else ''}"
     return Diagnosis(
-        summary=f"The end token (id {first.note.get('eos_id', '?')}) is {inputs:.0f} times in the inputs of {len(ended)} batches and never "
+        summary=f"The end token (id {first.note.get('eos_id', '?')}) is {inputs:.0f} times in the inputs of {batches} and never "
         "a counted target: it shares its id with padding, which the loss ignores, so the model cannot learn to stop.",
         evidence=(Evidence(first, 1.0),),
         severity="warning",
@@ -54,7 +58,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
 
 
 def inject(case: Any) -> Any:
-    """Rows hold texts that close with an end token, the same id fills them up, and the loss ignores that id."""
+    """Rows hold texts that close with the declared end token, the same id fills them up, and the loss ignores that id."""
     batches, end_id = case.batches, case.config.vocab_size
 
     def batches_ended(case: Any, split: str) -> Iterator[tuple[Any, Any]]:
@@ -67,7 +71,9 @@ def inject(case: Any) -> Any:
                 targets[row, end - 1 :] = end_id
             yield ids, targets
 
-    config = dataclasses.replace(case.config, pad_id=end_id, vocab_size=end_id + 1)
+    known = {field.name: getattr(case.config, field.name) for field in dataclasses.fields(case.config)}
+    kind = dataclasses.make_dataclass("EndingConfig", [("eos_token_id", int, end_id)], bases=(type(case.config),), frozen=True)
+    config = kind(**{**known, "pad_id": end_id, "vocab_size": end_id + 1})
     return case.but(config=config, batches=batches_ended)
 
 
