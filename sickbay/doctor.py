@@ -17,7 +17,7 @@ from sickbay import registry
 from sickbay.core.chart import Chart
 from sickbay.core.condition import checkup
 from sickbay.core.diagnosis import Checkup
-from sickbay.core.reader import chart_of
+from sickbay.core.reader import chart_of, load_chart
 from sickbay.core.record import RecordWriter
 from sickbay.core.settings import Settings, switched_off
 from sickbay.report.write import write_report
@@ -114,8 +114,8 @@ class Watch:
         return {"share_of_step_time": round(share, 4), "seconds": round(self._loop.seconds, 3), "how": "time inside sickbay's own hooks and exams over the time since torch was imported"}
 
     def chart(self) -> Chart:
-        """Everything recorded so far."""
-        return chart_of(self.record)
+        """Everything recorded so far; after the end, what the folder holds."""
+        return load_chart(self.record.folder) if self._finished and not self.record.stopped else chart_of(self.record)
 
     def checkup(self) -> Checkup:
         """The verdicts over everything recorded so far."""

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sickbay.core.record import RecordWriter
 from sickbay.exams import internals, masks, missing_gradient, nonfinite
 from sickbay.exams.fork import NoAnswer, can_fork
+from sickbay.exams.stretch import Stretch
 from sickbay.patient import Patient
 from sickbay.probes import loss_lines
 from sickbay.probes.loop import Loop
@@ -58,7 +59,7 @@ class Examiner:
         self._asked: weakref.WeakKeyDictionary[nn.Module, Asked] = weakref.WeakKeyDictionary()
         self._functional = Asked()
         self._lines = loss_lines.LossLines()
-        self._stretch = nonfinite.Stretch(self._lines.segments)
+        self._stretch = Stretch(self._lines.segments)
         self._began = time.monotonic()
         self._spent = 0.0
         self._traces = 0
@@ -92,7 +93,7 @@ class Examiner:
         self.patient.functional = lambda: function(*args, **kwargs)
         self._examine(self._functional, None)
 
-    def nonfinite(self, what: str, loss: Tensor | None) -> None:
+    def nonfinite(self, what: Literal["loss", "gradient"], loss: Tensor | None) -> None:
         self._trace(what, loss)
 
     def round_end(self, step: int) -> None:
@@ -125,7 +126,13 @@ class Examiner:
                 self.record.unobserved(signal, reason)
         for reading in answer:
             asked.settled.add(reading["signal"])
-            self.record.read(reading["signal"], reading["value"], where=reading.get("where", ""), note=reading.get("note"), source=reading.get("source", ""))
+            self.record.read(
+                reading["signal"],
+                reading["value"],
+                where=reading.get("where", ""),
+                note=reading.get("note"),
+                source=reading.get("source", ""),
+            )
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """`question()`'s answer with the probes silent; its time is counted against the budget."""
@@ -142,7 +149,7 @@ class Examiner:
             self.patient.losses, self.patient.calls = losses, calls
             self._spent += time.monotonic() - began
 
-    def _trace(self, what: str, loss: Tensor | None) -> None:
+    def _trace(self, what: Literal["loss", "gradient"], loss: Tensor | None) -> None:
         if not self._stepped_nonfinite:
             self._stepped_nonfinite = True
             self.record.read("nonfinite_step", 1, note={"what": what})
@@ -160,7 +167,7 @@ class Examiner:
         answer = self._ask(lambda: missing_gradient.examine(self.patient, names))
         found = answer if isinstance(answer, dict) else {"changes_output": None, "op": "", "reason": getattr(answer, "reason", "")}
         note = {"names": names[:32], "backwards": backwards, **found}
-        self.record.read("gradient_absent", len(names), where=names[0], note=note, source=found.get("source", ""))
+        self.record.read("gradient_absent", len(names), where=names[0], note=note, source=str(found.get("source") or ""))
 
     def detach(self) -> None:
         self._lines.end()
@@ -174,6 +181,15 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | Non
             record.unobserved(signal, reason)
         return lambda: None
     examiner = Examiner(patient, record, loop, folder)
-    for event in ("forward_begin", "forward_end", "backward_begin", "backward_end", "functional", "nonfinite", "gradient_absent", "round_end"):
+    for event in (
+        "forward_begin",
+        "forward_end",
+        "backward_begin",
+        "backward_end",
+        "functional",
+        "nonfinite",
+        "gradient_absent",
+        "round_end",
+    ):
         loop.on(event, examiner, getattr(examiner, event))
     return examiner.detach

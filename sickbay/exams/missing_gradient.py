@@ -13,7 +13,38 @@ from sickbay.exams.trace import conditions_of
 from sickbay.patient import ForwardCall, Patient, bare, tensors_in, user_line
 
 _TIMEOUT = 30.0
-_HARMLESS = ("shape", "size", "dim", "numel", "stride", "is_", "__get__", "device", "dtype", "requires_grad", "eq", "ne", "lt", "gt", "le", "ge", "isnan", "isfinite", "isinf", "__set__", "zeros_like", "ones_like", "empty_like", "full_like", "new_", "__bool__", "__len__", "format", "__repr__", "result_type")
+_HARMLESS = (
+    "shape",
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_",
+    "__get__",
+    "device",
+    "dtype",
+    "requires_grad",
+    "eq",
+    "ne",
+    "lt",
+    "gt",
+    "le",
+    "ge",
+    "isnan",
+    "isfinite",
+    "isinf",
+    "__set__",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "new_",
+    "__bool__",
+    "__len__",
+    "format",
+    "__repr__",
+    "result_type",
+)
 
 
 def examine(patient: Patient, names: list[str]) -> dict[str, Any] | fork.NoAnswer:
@@ -79,7 +110,7 @@ def _flat(value: Any) -> list[Any]:
 
 
 def _checkpointing(module: nn.Module, call: ForwardCall) -> str:
-    """"checkpoint" when a re-entrant activation checkpoint gets inputs without gradient: everything in it is then cut off."""
+    """ "checkpoint" when a re-entrant activation checkpoint gets inputs without gradient: everything in it is then cut off."""
     from torch.utils.checkpoint import CheckpointFunction
 
     seen: list[bool] = []
@@ -89,7 +120,7 @@ def _checkpointing(module: nn.Module, call: ForwardCall) -> str:
         seen.append(not any(isinstance(a, Tensor) and a.requires_grad for a in args))
         return original(function, preserve, *args)
 
-    CheckpointFunction.apply = apply  # type: ignore[method-assign,assignment]
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
     try:
         with conditions_of(call):
             module(*call.args, **call.kwargs)

@@ -6,7 +6,6 @@ only for the first two steps, and a bad step's graph is then laid beside what wa
 
 from __future__ import annotations
 
-import sys
 import threading
 from typing import Any
 
@@ -36,7 +35,10 @@ class LossLines:
         self._mode: Recorder | None = None
 
     def begin(self) -> None:
-        """The stretch after this call is recorded, unless enough was learnt, another function mode is active or code is being compiled. Never raises."""
+        """The stretch after this call is recorded, unless enough was learnt, another function mode is active or code is being compiled.
+
+        Never raises.
+        """
         self.end()
         if self._left <= 0 or len(self.segments) >= MAX_SEGMENTS:
             return
@@ -56,10 +58,11 @@ class LossLines:
         mode.recording = False
         if mode.thread != threading.get_ident():
             return  # each thread has its own stack: the mode only passes calls on until its own thread comes by
-        self._mode = None
-        take_out(mode)
         if mode.made:
             self.segments.append(mode.made)
+            mode.made = []
+        if take_out(mode):
+            self._mode = None
 
     def end_step(self) -> None:
         """One optimizer step is over; after the last of the recorded steps `begin` does nothing."""
@@ -79,7 +82,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.recording or len(self.made) >= MAX_NODES:
             return func(*args, **(kwargs or {}))
-        before = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        before = torch._C._autograd._get_sequence_nr()
         result = func(*args, **(kwargs or {}))
         try:
             first = result[0] if isinstance(result, (tuple, list)) and result else result
@@ -102,19 +105,17 @@ class Recorder(TorchFunctionMode):
         self.made.extend((child.name(), name, source) for child in made)
 
 
-def take_out(mode: Any) -> None:
-    """`mode` is off the function-mode stack; whatever the user put above it is still there, in order."""
-    try:
-        depth = torch._C._len_torch_function_stack()
-        if not any(torch._C._get_function_stack_at(index) is mode for index in range(depth)):
-            return
-        above: list[Any] = []
-        while torch._C._len_torch_function_stack():
-            top = torch._C._pop_torch_function_stack()
-            if top is mode:
-                break
-            above.append(top)
-        for other in reversed(above):
-            torch._C._push_on_torch_function_stack(other)
-    except Exception as problem:
-        print(f"sickbay: a function mode could not be removed: {problem}", file=sys.stderr)
+def take_out(mode: Any) -> bool:
+    """True when `mode` is off the function-mode stack and whatever the user put above it is still there, in order.
+
+    False while torch is inside a call that goes through `mode`: it is set aside then and comes back when that call returns.
+    """
+    depth = torch._C._len_torch_function_stack()
+    if not any(torch._C._get_function_stack_at(index) is mode for index in range(depth)):
+        return False
+    above: list[Any] = []
+    while (top := torch._C._pop_torch_function_stack()) is not mode:
+        above.append(top)
+    for other in reversed(above):
+        torch._C._push_on_torch_function_stack(other)
+    return True

@@ -60,6 +60,7 @@ class Order:
         self._backwards = 0
         self._torch_steps = 0
         self._func_calls = 0
+        self._created = 0
 
     # --- backward -----------------------------------------------------------------------------------------------
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
@@ -102,6 +103,7 @@ class Order:
     # --- steps --------------------------------------------------------------------------------------------------
     def optimizer_created(self, optimizer: Any) -> None:
         self._held.setdefault(optimizer, Held())
+        self._created += 1
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
         held = self._held.setdefault(optimizer, Held())
@@ -186,7 +188,8 @@ class Order:
                 self.record.read("backwards_without_step", held.backwards, where=name_of(optimizer), note=note, source=held.sources[-1])
                 stepped = True
         if not stepped and self._by_hand.backwards >= 2 and not self._held:
-            note = {"optimizers": 0, "scaler_skips": 0, "of_this_optimizer": False}
+            # An optimizer made inside a function may be gone by now; that it was there still counts.
+            note = {"optimizers": self._created, "scaler_skips": 0, "of_this_optimizer": False}
             self.record.read("backwards_without_step", self._by_hand.backwards, note=note, source=self._by_hand.sources[-1])
 
 

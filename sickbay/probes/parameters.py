@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -73,7 +73,11 @@ class Parameters:
         return list(dict.fromkeys(recent)) or [root for root in [self.patient.root] if root is not None]
 
     def _find_missing(self, optimizer: Any, held: dict[int, Tensor], model: dict[int, tuple[str, nn.Parameter]]) -> None:
-        reached = {key: (leaf, distance) for key, (ref, distance) in self._distances.items() if (leaf := ref()) is not None and leaf.grad is not None}
+        reached = {
+            key: (leaf, distance)
+            for key, (ref, distance) in self._distances.items()
+            if (leaf := ref()) is not None and leaf.grad is not None
+        }
         missing = [(key, leaf, distance) for key, (leaf, distance) in reached.items() if key not in held and isinstance(leaf, nn.Parameter)]
         used = [distance for key, (_, distance) in reached.items() if key in held]
         if not missing or not used:
@@ -97,7 +101,9 @@ class Parameters:
         note = {"names": names[:_MAX_NAMES], "kind": kind, "share": share, "in_optimizer": len(own)}
         self.record.read("missing_from_optimizer", len(missing), where=names[0], note=note, source=self._created_at.get(optimizer, ""))
 
-    def _find_without_gradient(self, optimizer: Any, held: dict[int, Tensor], model: dict[int, tuple[str, nn.Parameter]], count: int) -> None:
+    def _find_without_gradient(
+        self, optimizer: Any, held: dict[int, Tensor], model: dict[int, tuple[str, nn.Parameter]], count: int
+    ) -> None:
         absent = [name for key, (name, p) in model.items() if p.requires_grad and p.grad is None and key not in self._had_gradient]
         with_gradient = any(p.grad is not None for p in held.values())
         if absent and with_gradient and tuple(absent) not in self._reported:
@@ -113,7 +119,11 @@ class Parameters:
             return
         declared = next(_declarations(root), "")
         shared = [(a, b) for a, e, b, h in pairs if e.data_ptr() == h.data_ptr()]
-        note: dict[str, Any] = {"declared_by": declared, "pair": list(shared[0]) if shared else [pairs[0][0], pairs[0][2]], "equal_values": False}
+        note: dict[str, Any] = {
+            "declared_by": declared,
+            "pair": list(shared[0]) if shared else [pairs[0][0], pairs[0][2]],
+            "equal_values": False,
+        }
         if shared:
             self.record.read("tied_weights", 1.0, where=shared[0][1] + ".weight", note=note)
             return
@@ -125,7 +135,7 @@ class Parameters:
             self.record.read("tied_weights", 0.0, where=f"{note['pair'][1]}.weight", note=note, source=user_line(5))
 
 
-def _declarations(root: nn.Module) -> Iterable[str]:
+def _declarations(root: nn.Module) -> Iterator[str]:
     """Where the model's own configuration says that embeddings are shared."""
     for name, module in root.named_modules():
         for label, config in vars(module).items():
