@@ -36,6 +36,9 @@ OUTLIER = Threshold(10.0, "robust standard deviations", source="z > 10 of median
 RISE = Threshold(
     0.1, "share of the first loss", source="calibration: a jump that undoes less than a tenth of the way is noise of rare batches"
 )
+UNLED = Threshold(
+    0.4, "share of the first loss", source="calibration: near the end of a fit single hard batches reach a third of the way back by themselves"
+)
 RECOVERED = Threshold(0.5, "share of the jump", source="half way back within RECOVERY steps; BLOOM was wholly back after 30")
 RESTART = Threshold(1.3, "x learning rate", source="calibration: decaying schedules never rise; restarts and new phases do")
 HISTORY, FEWEST, LEAD, RECOVERY, BRIEF = 50, 20, 5, 50, 3  # steps
@@ -53,9 +56,10 @@ def diagnose(chart: Chart) -> Diagnosis | None:
             continue
         back = _back(losses.values[index + 1 : index + 1 + RECOVERY], middle, onset.value)
         lead = _lead(chart, onset.step)
-        if back is None or (lead is None and back > BRIEF):
+        peak: Reading = losses.between(onset.step, losses[index + (back or 0)].step).worst() or onset
+        unled = lead is None and ((back or 0) > BRIEF or peak.value - middle < UNLED * median(losses.values[:3]))
+        if back is None or unled:
             continue
-        peak: Reading = losses.between(onset.step, losses[index + back].step).worst() or onset
         led = f"; the gradient norm was {number(lead.value)} at step {lead.step} before it" if lead is not None else ""
         limit = middle + max(rise, (onset.value - middle) * OUTLIER / z)
         return Diagnosis(
