@@ -26,7 +26,7 @@ def begin(settings_text: str, already: set[str]) -> None:
     """
     try:
         settings = Settings.from_json(settings_text)
-        ending = _Ending()
+        ending = _Ending(keep_frames=settings.debug)
         ending.arrange()
         folder = _script_folder()
         sys.meta_path.insert(0, _WhenTorchArrives(settings, ending, folder))
@@ -92,8 +92,9 @@ class _WhenTorchArrives(importlib.abc.MetaPathFinder):
 class _Ending:
     """Tells the watch once how the script ended: with an uncaught exception, before its traceback is printed; otherwise at exit."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_frames: bool) -> None:
         self.watch: Any = None
+        self._keep_frames = keep_frames
         self._process = os.getpid()
         self._python_hook = sys.excepthook
         self._done = False
@@ -107,6 +108,8 @@ class _Ending:
         sys.excepthook = sys.__excepthook__ = self._on_exception
 
     def _on_exception(self, kind: type[BaseException], exception: BaseException, traceback: TracebackType | None) -> None:
+        if not self._keep_frames:
+            _leave_out_own_frames(exception)
         # Python stores the exception there only when it really is uncaught; scripts may call the hook to print one they caught.
         if getattr(sys, "last_value", None) is exception:
             self._tell("failed", exception)
@@ -124,6 +127,27 @@ class _Ending:
             self.watch.finish(ended, exception)
         except BaseException as problem:  # also a second ctrl-C: the script's own ending goes on
             sys.stderr.write(f"sickbay: the watch did not end well: {type(problem).__name__}: {problem}\n")
+
+
+def _leave_out_own_frames(exception: BaseException) -> None:
+    """The tracebacks of `exception`, and of those that it came from, name no function of sickbay's: wrapped torch calls look unwrapped."""
+    own = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [exception]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        waiting += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
+        entry = current.__traceback__
+        while entry is not None:
+            following = entry.tb_next
+            while following is not None and following.tb_frame.f_code.co_filename.startswith(own):
+                following = following.tb_next
+            if following is not entry.tb_next:
+                entry.tb_next = following
+            entry = following
 
 
 def _script_folder() -> str:
@@ -161,15 +185,13 @@ def reason_file(out: str, rank: int) -> Path:
 
 
 def unwatched_reason(out: str, ranks: Iterable[int]) -> str | None:
-    """Why the script could not be watched, if its process left word; the word is taken away."""
+    """Why the script could not be watched, in the words of the first rank that left word; all such words are taken away."""
+    reasons = []
     for rank in ranks:
-        try:
-            text = reason_file(out, rank).read_text(encoding="utf-8")
+        with contextlib.suppress(OSError):
+            reasons.append(reason_file(out, rank).read_text(encoding="utf-8"))
             reason_file(out, rank).unlink()
-            return text
-        except OSError:
-            continue
-    return None
+    return reasons[0] if reasons else None
 
 
 def _leave_reason(out: str, reason: str) -> None:

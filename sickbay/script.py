@@ -144,13 +144,10 @@ def _check_module(name: str) -> None:
     top = name.partition(".")[0]
     # Only the top name: finding a submodule would import its package, and that is the script's business.
     places = [os.getcwd(), *sys.path]
+    if name.endswith(".py") and Path(name).is_file():
+        raise UsageError(f"{name!r} is a file, not a module: leave out -m (`sickbay run {name}`)")
     if not top or not any((BuiltinImporter.find_spec(top), FrozenImporter.find_spec(top), PathFinder.find_spec(top, places))):
-        way_out = (
-            f": to run the file, leave out -m (`sickbay run {name}`)"
-            if Path(name).is_file()
-            else ": run from the folder that holds it, or install it"
-        )
-        raise UsageError(f"there is no module {name!r}{way_out}")
+        raise UsageError(f"there is no module {name!r}: run from the folder that holds it, or install it")
 
 
 def _nearest(path: Path) -> str:

@@ -69,8 +69,8 @@ def main(args: argparse.Namespace) -> int:
     if switched_off():
         command = script.command()
         os.execv(command[0], command)
-    settings = _settings(args)
     script.check()
+    settings = _settings(args)
     rank = launch.Rank.here()
     folder = launch.run_folder(args.out, script.stem, rank)
     launch.is_running(folder, rank, True)
@@ -100,8 +100,6 @@ def _script(words: list[str]) -> Script:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from sickbay import registry
-
     if args.treat != "off":
         raise UsageError(
             f"--treat {args.treat}: treating a run is not yet possible; leave it out, and apply the cure that the report names"
@@ -109,7 +107,10 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.max_steps < 0:
         raise UsageError(f"--max-steps {args.max_steps}: give a number of optimizer steps above 0")
     select, ignore = _names(args.select), _names(args.ignore)
-    registry.chosen(select, ignore)
+    if select or ignore:
+        from sickbay import registry
+
+        registry.chosen(select, ignore)
     debug = args.debug or os.environ.get("SICKBAY_DEBUG", "") == "1"
     return Settings(select=select, ignore=ignore, max_steps=args.max_steps, debug=debug, profile=args.profile)
 
