@@ -1,0 +1,127 @@
+"""What a report says of one tensor: its shape, its range, how much of it is not finite; and operations by the name users know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The smallest number of a type is used as "never attend here"; two such masks added together overflow to -inf by design.
+MASK_SHARE_OF_MINIMUM = 0.5
+LARGEST_MASK = -1e30
+
+_FAMILIAR = {
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "nll_loss_forward": "nll_loss",
+    "nll_loss2d_forward": "nll_loss",
+    "nll_loss2d": "nll_loss",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "native_batch_norm": "batch_norm",
+    "native_dropout": "dropout",
+    "linalg_vector_norm": "norm",
+    "_to_copy": "to",
+    "to_copy": "to",
+    "_fused_rms_norm": "rms_norm",
+    "binary_cross_entropy_with_logits": "binary_cross_entropy_with_logits",
+}
+
+
+def familiar(name: str) -> str:
+    """The name users know an aten operation by: `_softmax` and `softmax_` are `softmax`."""
+    if name in _FAMILIAR:
+        return _FAMILIAR[name]
+    if "scaled_dot_product" in name:
+        return "scaled_dot_product_attention"
+    return name.strip("_")
+
+
+def node_operation(node_name: str) -> str:
+    """The aten name of the operation an autograd node belongs to: `NllLossBackward0` is `nll_loss`."""
+    base = re.sub(r"Backward\d*$", "", node_name.split("::")[-1])
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", base).lower()
+
+
+def is_number(tensor: Tensor) -> bool:
+    """True for a dense floating-point tensor with at least one element, the only kind that can be non-finite here."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def kinds(tensor: Tensor) -> frozenset[str]:
+    """Which of "nan", "+inf", "-inf" are among the elements; empty for a finite tensor and for anything but dense floats."""
+    if not is_number(tensor):
+        return frozenset()
+    tensor = tensor.detach()
+    if tensor.element_size() == 1:  # the 8-bit floats have no comparison kernels
+        tensor = tensor.float()
+    if bool(torch.isfinite(tensor).all()):
+        return frozenset()
+    found = {"nan": torch.isnan(tensor), "+inf": tensor == float("inf"), "-inf": tensor == float("-inf")}
+    return frozenset(kind for kind, where in found.items() if bool(where.any()))
+
+
+def count_nonfinite(tensor: Tensor) -> int:
+    """The number of NaN and infinite elements."""
+    return int((~torch.isfinite(tensor.detach().float())).sum()) if is_number(tensor) else 0
+
+
+def describe(name: str, tensor: Tensor) -> dict[str, Any]:
+    """`tensor` in JSON: name, shape, dtype, numbers of non-finite and zero elements, range and absmax of the finite ones."""
+    fact: dict[str, Any] = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    if tensor.layout != torch.strided or tensor.is_complex() or tensor.numel() == 0:
+        return fact
+    values = tensor.detach()
+    values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32) if tensor.is_floating_point() else values
+    finite = values[torch.isfinite(values)] if tensor.is_floating_point() else values.reshape(-1)
+    fact["nonfinite"] = values.numel() - finite.numel()
+    fact["nan"] = int(torch.isnan(values).sum()) if tensor.is_floating_point() else 0
+    fact["zeros"] = int((values == 0).sum())
+    fact["min"], fact["max"] = (float(finite.min()), float(finite.max())) if finite.numel() else (None, None)
+    fact["absmax"] = max(abs(fact["min"]), abs(fact["max"])) if finite.numel() else None
+    return fact
+
+
+def bad_row(tensor: Tensor) -> int | None:
+    """The first index along the leading dimension whose slice is not finite; None for a scalar or a finite tensor."""
+    if tensor.dim() == 0 or not kinds(tensor):
+        return None
+    rows = (~torch.isfinite(tensor.detach().float())).reshape(tensor.shape[0], -1).any(dim=1)
+    return int(rows.nonzero()[0, 0])
+
+
+def fully_masked_rows(operand: Tensor) -> int:
+    """The rows along the last dimension that hold nothing but -inf, as a softmax that may attend nowhere sees them."""
+    return int((operand == float("-inf")).all(dim=-1).sum()) if operand.dim() and operand.shape[-1] else 0
+
+
+def is_mask_sized(tensor: Tensor) -> bool:
+    """True when `tensor` holds the very negative numbers that stand for "masked" in additive masks."""
+    if not is_number(tensor):
+        return False
+    limit = min(torch.finfo(tensor.dtype).min * MASK_SHARE_OF_MINIMUM, 0.0)
+    return float(tensor.detach().float().min()) <= max(limit, LARGEST_MASK)
+
+
+def flat(value: Any) -> Iterator[Any]:
+    """The leaves of nested lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from flat(item)
+    else:
+        yield value
+
+
+def named_operands(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The tensors among an operation's arguments, each with its name in the schema (a list's items numbered)."""
+    names = [argument.name for argument in schema.arguments]
+    named: list[tuple[str, Tensor]] = []
+    for name, value in [*zip(names, args), *kwargs.items()]:
+        if isinstance(value, Tensor):
+            named.append((name, value))
+        elif isinstance(value, (list, tuple)):
+            named.extend((f"{name}[{index}]", item) for index, item in enumerate(value) if isinstance(item, Tensor))
+    return named
