@@ -30,7 +30,22 @@ _HOMES = {
     "SickbayError": "sickbay.core.errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+# Spelled out, not derived: type checkers read it without running it.
+__all__ = [
+    "Chart",
+    "Checkup",
+    "Condition",
+    "Diagnosis",
+    "Evidence",
+    "Reading",
+    "SickbayError",
+    "Threshold",
+    "Treatment",
+    "__version__",
+    "diagnose",
+    "explain",
+    "watch",
+]
 
 if TYPE_CHECKING:
     from sickbay.core.chart import Chart, Reading

@@ -76,6 +76,15 @@ def test_a_resumed_run_differs_when_the_random_state_is_lost(tmp_path: Path, tex
     assert any(not torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_a_watched_run_ends_bit_for_bit_where_an_unwatched_one_does(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call(train_command, text, "--out", "bare", *SMALL, "--steps", "6")
+    call(train_command, text, "--out", "watched", *SMALL, "--steps", "6", "--watch")
+    assert list(tmp_path.glob("sickbay-runs/*/report.json")), "nothing was watched"
+    bare, watched = (checkpoint_bytes(tmp_path / name / "step-000006") for name in ("bare", "watched"))
+    assert [key for key in bare if not torch.equal(bare[key], watched[key])] == []
+
+
 def test_an_interrupted_save_leaves_the_older_checkpoint(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call(train_command, text, "--out", tmp_path / "run", *SMALL, "--steps", "2")
     before = checkpoint_bytes(tmp_path / "run" / "step-000002")

@@ -122,7 +122,7 @@ def token_shares(cycle: Sequence[data.Batch], pad_id: int | None = None) -> list
 
 def backward(loss: Tensor, share: float) -> None:
     """The gradients of `share` x `loss` have been added to those the parameters hold."""
-    (loss * share).backward()  # type: ignore[no-untyped-call]
+    (loss * share).backward()
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
