@@ -160,8 +160,13 @@ def scaler(skips: Sequence[int], scales: Sequence[float]) -> Chart:
 def test_a_scale_that_falls_below_one() -> None:
     found = finding("scaler-collapse", scaler([1] * 18, [65536 / 2**i for i in range(1, 19)]))
     assert found.severity == "critical"
-    assert "18 of 18 optimizer steps were skipped" in found.summary
+    assert "18 of 18 optimizer steps were skipped, and the loss scale fell from 32,768 to 0.25" in found.summary
     assert found.evidence[0].limit == 1.0
+
+
+def test_a_fused_optimizer_hides_its_skips_and_the_scale_tells() -> None:
+    found = finding("scaler-collapse", scaler([0] * 18, [65536 / 2**i for i in range(18)]))
+    assert "17 of 18 optimizer steps were skipped" in found.summary
 
 
 def test_steps_skipped_again_and_again() -> None:

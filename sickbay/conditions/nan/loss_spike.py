@@ -37,7 +37,9 @@ RISE = Threshold(
     0.1, "share of the first loss", source="calibration: a jump that undoes less than a tenth of the way is noise of rare batches"
 )
 UNLED = Threshold(
-    0.4, "share of the first loss", source="calibration: near the end of a fit single hard batches reach a third of the way back by themselves"
+    0.4,
+    "share of the first loss",
+    source="calibration: near the end of a fit single hard batches reach a third of the way back by themselves",
 )
 RECOVERED = Threshold(0.5, "share of the jump", source="half way back within RECOVERY steps; BLOOM was wholly back after 30")
 RESTART = Threshold(1.3, "x learning rate", source="calibration: decaying schedules never rise; restarts and new phases do")

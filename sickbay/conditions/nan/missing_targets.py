@@ -46,9 +46,9 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     if not bad or any(step < bad[0].step for step in born):
         return None
     reading = bad[0]
-    total = len(chart["ignored_targets"])
+    steps = len({reading.step for reading in empty})
     return Diagnosis(
-        summary=f"all targets of {len(empty)} of {total} batches are ignored (first at step {reading.step}): their mean loss is 0/0",
+        summary=f"every target of a batch is ignored at step {reading.step} ({steps} such step{'s' * (steps > 1)}): the mean loss is 0/0",
         evidence=(Evidence(reading, ALL_IGNORED),),
         severity="critical",
         step=reading.step,

@@ -25,6 +25,8 @@ A collapse in the wild: EleutherAI/gpt-neox#291 (scale halved to its minimum).
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 from sickbay.core.chart import Chart, Reading
@@ -39,34 +41,42 @@ MOSTLY = Threshold(0.5, "share of steps", source="more steps skipped than taken"
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
-    steps = list(chart["skipped_step"])
-    scales = {reading.step: reading for reading in chart["loss_scale"]}
-    late = [reading for reading in steps if reading.step >= steps[0].step + WARM_UP]
-    skips = _unprovoked([reading for reading in late if reading.value], scales)
-    share = len(skips) / len(late) if late else 0.0
-    low = next((r for r in chart["loss_scale"] if r.value < SMALLEST_SCALE and any(s.value and s.step <= r.step for s in steps)), None)
-    if low is None and (len(skips) < FEWEST_SKIPS or share <= SKIPPED_SHARE):
+    scales = list(chart["loss_scale"])
+    skips = _skips(chart)
+    begin = (scales[0].step if scales else 0) + WARM_UP
+    late = _unprovoked([reading for reading in skips if reading.step >= begin], scales)
+    steps = sum(1 for reading in chart["skipped_step"] if reading.step >= begin)
+    share = len(late) / steps if steps else 0.0
+    low = next((r for r in scales if r.value < SMALLEST_SCALE and any(skip.step <= r.step for skip in skips)), None)
+    if low is None and (len(late) < FEWEST_SKIPS or share <= SKIPPED_SHARE):
         return None
-    seen = low or skips[0]
-    newest = chart["loss_scale"][-1].value if scales else float("nan")
+    seen = low or late[0]
     return Diagnosis(
-        summary=f"{sum(1 for r in steps if r.value)} of {len(steps)} optimizer steps were skipped; the loss scale is {number(newest)}",
-        evidence=(Evidence(seen, SMALLEST_SCALE if low else 0.0),),
+        summary=f"{len(skips)} of {len(chart['skipped_step'])} optimizer steps were skipped, and the loss scale fell from "
+        f"{number(scales[0].value)} to {number(scales[-1].value)}",
+        evidence=(Evidence(seen, SMALLEST_SCALE if low else None),),
         severity="critical" if low is not None or share > MOSTLY else "warning",
-        step=next(r.step for r in steps if r.value),
+        step=skips[0].step,
         where=seen.where,
         source=seen.source,
     )
 
 
-def _unprovoked(skips: list[Reading], scales: dict[int, Reading]) -> list[Reading]:
+def _skips(chart: Chart) -> list[Reading]:
+    """The steps left out. A fused optimizer is called all the same and leaves the step out inside: then the fall of the scale tells."""
+    flagged = [reading for reading in chart["skipped_step"] if reading.value > 0]
+    scales = list(chart["loss_scale"])
+    return flagged or [now for before, now in itertools.pairwise(scales) if now.value < before.value]
+
+
+def _unprovoked(skips: list[Reading], scales: list[Reading]) -> list[Reading]:
     """The skips that no growth of the scale since the previous skip explains."""
-    kept, before = [], float("inf")
+    grown = [now.step for before, now in itertools.pairwise(scales) if now.value > before.value]
+    kept, previous = [], -math.inf
     for skip in skips:
-        reached = scales[skip.step - 1].value if skip.step - 1 in scales else before
-        if reached <= before:
+        if not any(previous < step <= skip.step for step in grown):
             kept.append(skip)
-        before = scales[skip.step].value if skip.step in scales else reached
+        previous = skip.step
     return kept
 
 
