@@ -30,7 +30,7 @@ from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
 
 LIMIT = Threshold(0.05, "share of pairs", source="calibration: 0 in full attention; a lower share can be chance cancellation in one batch")
-ALL = 0.999  # a share that is 1 but for rounding: nothing earlier is seen at all
+ALL = Threshold(0.999, "share of pairs", source="definition: 1 but for rounding, nothing earlier is seen at all")
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:

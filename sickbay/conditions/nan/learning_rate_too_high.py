@@ -44,7 +44,8 @@ STUCK_STEPS = Threshold(50, "steps", source="healthy runs of such update ratios 
 HUGE_GRADIENT = Threshold(100.0, "L2 norm", source="audit limit for a global gradient norm; here only: whose fault is the update's size")
 ZERO_WEIGHT = Threshold(1e-3, "L2 norm", source="a tensor that starts at zero has no relative update: LoRA's B, zero-initialised outputs")
 NOT_MATRICES = ("bias", "norm.weight", "ln.weight", "ln_f.weight", "ln_1.weight", "ln_2.weight")
-FIRST = 3  # readings that make up the start
+FIRST, END = 3, 10  # readings that make up the start, and the end
+FOLLOWS = (0.5, 10.5)  # x learning rate times gradient: 1 for SGD, up to 10 with momentum 0.9; Adam's depends on the tensor's size
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
@@ -93,7 +94,7 @@ def _harm(chart: Chart, step: int) -> tuple[str, Certainty]:
     past, after = losses.between(0, step).values, losses.between(step + 1, chart.last_step).values
     best = min((median(past[i : i + FIRST]) for i in range(max(1, len(past) - FIRST + 1))), default=math.nan)
     peak = max((median(after[i : i + FIRST]) for i in range(len(after) - FIRST + 1)), default=math.nan)
-    end = median(after[-10:])
+    end = median(after[-END:])
     if any(not math.isfinite(value) for value in after):
         return f"the loss, {number(best)} before, is no longer finite", "likely"
     if peak > RUINOUS_RISE * best or (peak > LOSS_RISE * best and end > LOSS_RISE * best):
@@ -103,7 +104,7 @@ def _harm(chart: Chart, step: int) -> tuple[str, Certainty]:
 
 def _stuck(chart: Chart) -> str:
     chance, losses = chart["chance_loss"], chart["loss"].values
-    level = median(losses[-10:]) / chance[0].value if len(chance) and chance[0].value > 0 else math.nan
+    level = median(losses[-END:]) / chance[0].value if len(chance) and chance[0].value > 0 else math.nan
     if len(losses) >= STUCK_STEPS and abs(level - 1) < AT_CHANCE and min(losses) > (1 - 2 * AT_CHANCE) * chance[0].value:
         return f"after {len(losses)} steps the loss is still that of a uniform guess ({number(chance[0].value)})"
     return ""
@@ -123,8 +124,7 @@ def _gradient_is_to_blame(chart: Chart) -> bool:
         key, step_size = (ratio.step, ratio.where), rates.get(ratio.step, 0.0)
         if key in norms and gradients.get(key, 0.0) > 0 and step_size > 0 and math.isfinite(ratio.value * norms[key]):
             follows.append(ratio.value * norms[key] / (step_size * gradients[key]))
-    # 1 for SGD, up to 10 with momentum 0.9; for Adam it is the square root of the tensor's size over its gradient.
-    return not follows or 0.5 < statistics.median(follows) < 10.5
+    return not follows or FOLLOWS[0] < statistics.median(follows) < FOLLOWS[1]
 
 
 def inject(case: Any) -> Any:

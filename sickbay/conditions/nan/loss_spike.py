@@ -51,26 +51,23 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     for index in range(FEWEST, len(losses) - 1):
         past = losses.values[max(0, index - HISTORY) : index]
         onset: Reading = losses[index]
-        middle, z = median(past), robust_z(onset.value, past)
-        rise = RISE * max(median(losses.values[:3]), middle)
-        begins = z > OUTLIER and onset.value - middle > rise and not robust_z(past[-1], past[:-1]) > OUTLIER
+        middle, rise = median(past), RISE * max(median(losses.values[:3]), median(past))
+        begins = robust_z(onset.value, past) > OUTLIER and onset.value - middle > rise and not robust_z(past[-1], past[:-1]) > OUTLIER
         if not begins or _restarted(chart, onset.step):
             continue
         back = _back(losses.values[index + 1 : index + 1 + RECOVERY], middle, onset.value)
         lead = _lead(chart, onset.step)
-        peak: Reading = losses.between(onset.step, losses[index + (back or 0)].step).worst() or onset
-        unled = lead is None and ((back or 0) > BRIEF or peak.value - middle < UNLED * median(losses.values[:3]))
-        if back is None or unled:
+        if back is None or (lead is None and back > BRIEF):
             continue
+        peak: Reading = losses.between(onset.step, losses[index + back].step).worst() or onset
         led = f"; the gradient norm was {number(lead.value)} at step {lead.step} before it" if lead is not None else ""
-        limit = middle + max(rise, (onset.value - middle) * OUTLIER / z)
+        size = f"{number(robust_z(peak.value, past))} robust standard deviations"
         return Diagnosis(
-            summary=f"the loss jumped from {number(middle)} to {number(peak.value)} at step {peak.step} "
-            f"({number(robust_z(peak.value, past))} robust standard deviations) and was back after {back} step{'s' * (back > 1)}{led}",
-            evidence=(Evidence(peak, limit), *((Evidence(lead),) if lead is not None else ())),
+            summary=f"the loss jumped from {number(middle)} to {number(peak.value)} at step {peak.step} ({size}) "
+            f"and was back after {back} step{'s' * (back > 1)}{led}",
+            evidence=(Evidence(peak, middle + rise), *((Evidence(lead),) if lead is not None else ())),
             severity="warning",
             step=lead.step if lead is not None else onset.step,
-            where=onset.where,
             source=onset.source,
         )
     return None
