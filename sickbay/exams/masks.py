@@ -12,8 +12,12 @@ from sickbay.exams.fork import NoAnswer, ask
 from sickbay.exams.influences import View, future_and_rows, packing_influence, padding_influence, past
 from sickbay.exams.padding import Padding, config_value, find_documents, find_padding
 from sickbay.exams.perturbation import NOISE, Tokens, change, find_readout
+from sickbay.exams.placing import placed
+from sickbay.exams.sensitivity import Graph, graph_of
+from sickbay.exams.sensitivity import mixing as gradient_mixing
+from sickbay.exams.sensitivity import padding as padding_sensitivity
 from sickbay.exams.sequences import Lookup, Observation, Rerun, float_leaves, observe, time_axis, token_lookups
-from sickbay.exams.targets import Alignment, Targets, align, from_call, from_graph
+from sickbay.exams.targets import Alignment, Targets, align, fit, from_call, from_graph, graded
 from sickbay.patient import ForwardCall, Patient
 
 TIMEOUT = 30.0  # seconds for the whole examination
@@ -51,8 +55,8 @@ def examine(patient: Patient, loss: Tensor | None, step: int) -> Findings | NoAn
 
     `loss`: a scalar with its graph, or None where the loss was differentiated by torch.func. NoAnswer if nothing at all could be asked.
     """
-    if not patient.training_calls() and getattr(patient, "functional", None) is None:
-        return NoAnswer("no forward pass that could be repeated was seen")
+    if not patient.training_calls() and getattr(patient, "functional", None) is None and (loss is None or loss.grad_fn is None):
+        return NoAnswer("neither a forward pass that could be repeated nor a graph was seen")
     answer = ask(lambda: Examination(patient, loss, step).run(), TIMEOUT)
     return answer if isinstance(answer, NoAnswer) else Findings(answer["readings"], answer["reasons"])
 
@@ -72,11 +76,15 @@ class Examination:
         self.patient.muted = True
         targets = self._targets()
         found = self._sequences()
-        if found is None:
-            self.reasons["target_offset"] = "no look-up of token ids was seen in the forward pass"
-        else:
+        graph = self._graph() if found is None else None
+        if found is not None:
             again, seen, groups = found
             self._over_tokens(again, seen, groups, targets or _inside(seen))
+        elif graph is not None:
+            self._over_graph(graph, targets)
+        else:
+            self._unmeasured("no look-up of token ids was seen in the forward pass", "target_offset")
+            self._unmeasured("no look-up of token ids was seen in the forward pass")
         return {"readings": self.readings, "reasons": self.reasons}
 
     def _add(self, signal: str, value: float, place: tuple[str, str], **note: Any) -> None:
@@ -90,15 +98,17 @@ class Examination:
         calls = [call for call in self.patient.losses if call.grad_enabled]
         targets = from_graph(self.loss) if self.loss is not None and self.loss.grad_fn is not None else []
         for target in targets:
-            lines = [call.source for call in calls if call.targets.numel() == target.values.numel()]
-            target.source = lines[-1] if lines else ""
+            for call in calls:
+                if call.targets.numel() == target.values.numel():
+                    target.source = call.source
         return targets or [target for target in map(from_call, calls) if target is not None]
 
     def _sequences(self) -> tuple[Rerun, Observation, list[list[Lookup]]] | None:
         """The repeatable forward that looks tokens up: the largest module's call first, the newest among equals."""
         newest_first = list(reversed(self.patient.training_calls()))
         calls = sorted(newest_first, key=lambda call: -_size(call))
-        for again in [Rerun(call) for call in calls[:4]] or [Rerun(function=getattr(self.patient, "functional", None))]:
+        function = getattr(self.patient, "functional", None)
+        for again in [*map(Rerun, calls[:4]), *([Rerun(function=function)] if function and not calls else [])]:
             seen = observe(again)
             groups = token_lookups(seen)
             if groups:
@@ -113,8 +123,12 @@ class Examination:
             ignored = float((~target.counted).float().mean())
             place = ("", target.source or again.source(""))
             self._add("ignored_targets", ignored, place, count=target.values.numel(), ignore_index=target.ignored)
-        aligned = [main for target in targets if (main := _best(target, groups, seen))]
+        aligned = [main for target in targets if (main := _placed(target, groups, seen))]
         main = max(aligned, key=lambda m: (m[2].offset == NEXT_TOKEN, m[2].offset >= 0, m[0].values.numel()), default=None)
+        graph = None if main is None or _answers_with(again, seen, main[0]) else self._graph()
+        if graph is not None:  # the forward is only a part of the model: what it gives is not what the loss was given
+            self._over_graph(graph, targets)
+            return
         group = main[1] if main else groups[-1]
         axis = main[2].time_axis if main and main[2].offset >= 0 else _axis(group, seen, targets)
         if axis is None:
@@ -126,12 +140,12 @@ class Examination:
         for target, _, alignment in aligned:
             self._offset(target, alignment, again, causal if axis is not None and main and alignment is main[2] else {})
 
-    def _offset(self, target: Targets, alignment: Alignment, again: Rerun, causal: dict[str, Any]) -> None:
+    def _offset(self, target: Targets, alignment: Alignment, again: Rerun | None, causal: dict[str, Any]) -> None:
         if not alignment.clear:
             self._unmeasured("the tokens repeat so much that several offsets agree", "target_offset")
         elif alignment.match:
             match = {str(offset): share for offset, share in alignment.match.items()}
-            place = ("", target.source or again.source(""))
+            place = ("", target.source or (again.source("") if again else ""))
             self._add("target_offset", alignment.offset, place, match=match, counted=alignment.compared, **causal)
 
     def _over_axis(
@@ -161,26 +175,47 @@ class Examination:
         self._packing(view, documents_by)
         return causal
 
-    def _grading(self, again: Rerun, main: Main, padding: Padding) -> None:
+    def _graph(self) -> Graph | None:
+        return graph_of(self.loss) if self.loss is not None and self.loss.grad_fn is not None else None
+
+    def _over_graph(self, graph: Graph, targets: list[Targets]) -> None:
+        """The same questions answered from gradients, where nothing can be run again."""
+        aligned = [main for target in targets if (main := _best(target, graph.tokens(), graph.seen))]
+        main = max(aligned, key=lambda m: (m[2].offset == NEXT_TOKEN, m[2].offset >= 0), default=None)
+        if main is None:
+            self._unmeasured("the targets of the loss do not lie over the tokens")
+            return
+        target, group, alignment = main
+        tokens = Tokens.of(group, alignment.time_axis)
+        padding = find_padding(tokens.ids, alignment.time_axis, group, graph.seen, [], None, target.ignored)
+        real = torch.ones_like(tokens.padding) if padding is None else ~padding.mask
+        mixing, backward = gradient_mixing(graph, group, alignment, real)
+        causal = {} if mixing.future is None else {"causal": mixing.future < SEES_FUTURE}
+        self._offset(target, alignment, None, causal)
+        place = ("", target.source)
+        if padding is not None:
+            self._grading(None, main, padding)
+            value = padding_sensitivity(graph, group, alignment, padding.mask)
+            if value is not None:
+                self._add("padding_influence", value, place, pad_id=padding.pad_id, known_by=padding.known_by)
+        if not mixing.alive or (not mixing.future and not mixing.rows and (backward is None or backward.blocked == 1.0) and self.step == 0):
+            self._unmeasured("nothing passes between positions yet", "future_influence", "past_blocked", "row_influence")
+            return
+        if mixing.rows is not None:
+            self._add("row_influence", mixing.rows, place, rows=len(real), by="gradient")
+        if alignment.offset >= NEXT_TOKEN and (mixing.rows or 0.0) <= MIXED_ROWS:
+            if mixing.future is not None:
+                self._add("future_influence", mixing.future, place, position=mixing.cut, affected=mixing.affected, by="gradient")
+            if backward is not None:
+                note = {"pairs": backward.pairs, "span": backward.span, "nearest_blocked": backward.nearest >= HALF}
+                self._add("past_blocked", backward.blocked, place, **note, by="gradient")
+
+    def _grading(self, again: Rerun | None, main: Main, padding: Padding) -> None:
         """padding_counted and eos_targets: what the loss counts at and about padding."""
         target, group, aligned = main
-        place = ("", target.source or again.source(""))
-        mask = fit(padding.mask, aligned.values.shape)
-        counted = int(aligned.counted.sum())
-        if counted and target.certain:
-            graded = aligned.counted & mask
-            if aligned.offset >= NEXT_TOKEN:  # the first padding after the text is a legitimate end token: its input is real
-                graded &= aligned.values == padding.pad_id
-            self._add(
-                "padding_counted", int(graded.sum()) / counted, place, pad_id=padding.pad_id, known_by=padding.known_by, counted=counted
-            )
-        ids = group[0].ids if aligned.time_axis == 1 else group[0].ids.t()
-        real = (ids == padding.pad_id) & ~padding.mask
-        eos = config_value(again.module, "eos_token_id")
-        if aligned.offset >= NEXT_TOKEN and (eos == padding.pad_id or (padding.explicit and bool(real[:, 1:].any()))):
-            ends = int(real[:, 1:].sum()) if padding.explicit else int(real[:, 1:].sum()) + int(padding.mask[:, -1].sum())
-            value = int((aligned.counted & (aligned.values == padding.pad_id)).sum())
-            self._add("eos_targets", value, place, eos_id=padding.pad_id, eos_in_inputs=ends, known_by=padding.known_by)
+        eos = config_value(again.module, "eos_token_id") if again else None
+        for signal, value, note in graded(target, group[0].ids, aligned, padding, eos):
+            self._add(signal, value, ("", target.source or (again.source("") if again else "")), **note)
 
     def _view(
         self,
@@ -195,7 +230,8 @@ class Examination:
         tokens = Tokens.of(group, axis, padding.mask if padding else None)
         batch, times = tokens.ids.shape
         loss = _matching_loss(seen, [main[0]] if main else targets)
-        readout = find_readout(seen, main[2] if main else None, loss, batch, times)
+        index = main[0].index if main else None
+        readout = find_readout(seen, main[2] if main else None, loss, batch, times, index)
         if readout is None:
             self._unmeasured("no output has a row for each sequence of the batch")
             return None, ""
@@ -206,7 +242,7 @@ class Examination:
         real = fit(~tokens.padding, readout.grid) if per_position else everywhere
         documents = find_documents(tokens.ids, axis, group, seen, again.arguments, tokens.padding, next_token)
         numbers = fit(documents.numbers, readout.grid) if documents and per_position else None
-        if axis == 1 and again.can_slice(ROWS) and _slices(again, group, tokens):
+        if axis == 1 and readout.index is None and again.can_slice(ROWS) and _slices(again, group, tokens):
             tokens, counted, real = tokens.first(ROWS), counted[:ROWS], real[:ROWS]
             numbers = numbers[:ROWS] if numbers is not None else None
         else:
@@ -279,16 +315,16 @@ class Examination:
             self._add("packing_influence", value, view.place(view.tokens, where, kept, value), boundaries=boundaries, known_by=known_by)
 
 
-def fit(grid: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """`grid` `(B, x)` cut, or filled with zeros (False), to `shape` `(B, n)`: answers and inputs begin at the same position."""
-    fitted = torch.zeros(tuple(shape), dtype=grid.dtype)
-    width = min(grid.shape[1], shape[1])
-    fitted[:, :width] = grid[:, :width]
-    return fitted
-
-
 def _size(call: ForwardCall) -> int:
     return sum(p.numel() for p in call.module.parameters()) if isinstance(call.module, nn.Module) else 0
+
+
+def _answers_with(again: Rerun, seen: Observation, target: Targets) -> bool:
+    """True unless the loss lies outside the forward and is plainly given something else than its output."""
+    if again.call is None or target.logits is None or _matching_loss(seen, [target]) is not None:
+        return True
+    sizes = {size for leaf in float_leaves(seen.output) for size in leaf.shape[1:]}
+    return target.logits.shape[-1] in sizes or target.logits.shape[1] in sizes
 
 
 def _inside(seen: Observation) -> list[Targets]:
@@ -309,6 +345,21 @@ def _best(target: Targets, groups: list[list[Lookup]], seen: Observation) -> Mai
     return max(fits, key=lambda fit_: (fit_[2].offset >= 0, fit_[2].match.get(fit_[2].offset, 0.0)), default=None)
 
 
+def _placed(target: Targets, groups: list[list[Lookup]], seen: Observation) -> Main | None:
+    """As `_best`; where sizes do not tell which outputs the loss took (a selection, a slice), they are found by their values."""
+    best = _best(target, groups, seen)
+    if best is not None and best[2].values.numel() == best[1][0].ids.numel():
+        return best
+    inside = _matching_loss(seen, [target])
+    answers = float_leaves(seen.output) if inside is None else list(reversed(seen.losses[inside].answers))
+    for group in [best[1]] if best else groups:
+        laid = placed(target, tuple(group[0].ids.shape), answers)
+        again = _best(laid, [group], seen) if laid else None
+        if again is not None and (best is None or again[2].offset != best[2].offset):
+            return again
+    return best
+
+
 def _axis(group: list[Lookup], seen: Observation, targets: list[Targets]) -> int | None:
     """The time axis of ids whose targets do not tell it: from positions, else from outputs or targets with one row per sequence."""
     shape = tuple(group[0].ids.shape)
@@ -324,8 +375,9 @@ def _axis(group: list[Lookup], seen: Observation, targets: list[Targets]) -> int
 def _matching_loss(seen: Observation, targets: list[Targets]) -> int | None:
     """Which loss inside the forward was given one of `targets`; None if it lies outside."""
     for target in targets:
+        values = (target.values if target.raw is None else target.raw).flatten().long()
         for loss in seen.losses:
-            if loss.targets.numel() == target.values.numel() and torch.equal(loss.targets.flatten().long(), target.values.flatten().long()):
+            if loss.targets.numel() == values.numel() and torch.equal(loss.targets.flatten().long(), values):
                 return loss.occurrence
     return None
 

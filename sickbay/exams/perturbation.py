@@ -12,6 +12,7 @@ from sickbay.exams.sequences import _LOOKUPS, Lookup, Observation, Rerun, distin
 from sickbay.exams.targets import Alignment
 from sickbay.exams.trace import Intercept, Operation
 
+CLASSES = 2048  # looked at per answer; a change of the hidden state moves all classes, so a part of a large vocabulary shows it
 NOISE = 1e-6  # share of the own change below which a float32 difference may be rounding (kernels pick another order of summation)
 _SOFTMAX = ("_softmax", "_safe_softmax", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math")
 _MIXING = (
@@ -93,20 +94,30 @@ def replacing(tokens: Tokens, where: Tensor) -> Intercept:
 class Readout:
     """Where the answers are read: the `occurrence`-th loss inside the forward, else the output's `leaf`-th float tensor.
 
-    `axes`: how to bring it to `(B, T, C)`: a permutation "01", "10", "02" (classes second), "flat01", "flat10" or "pooled".
+    `axes`: how to bring it to `(B, T, C)`: a permutation "01", "10", "02" (classes second), "flat01", "flat10", "pooled",
+    or "placed": row n belongs at `index[n]` of the flattened `(B, T)`.
     """
 
     loss: int | None
     leaf: int
     axes: str
     grid: tuple[int, int]
+    index: Tensor | None = None
 
     def bring(self, raw: Tensor, rows: int | None) -> Tensor:
-        """`raw` as `(B, T, C)` float64; `rows` when fewer rows than `grid` says were run."""
+        """`raw` as `(B, T, C)` float64, of many classes only some; `rows` when fewer rows than `grid` says were run."""
+        brought = self._brought(raw.detach(), rows)
+        return brought[..., :: max(1, brought.shape[-1] // CLASSES)].double()
+
+    def _brought(self, raw: Tensor, rows: int | None) -> Tensor:
         batch, times = self.grid if rows is None else (rows, self.grid[1])
-        raw = raw.detach().double()
         if self.axes == "pooled":
             return raw.reshape(batch, 1, -1)
+        if self.axes == "placed":
+            assert self.index is not None
+            whole = raw.new_zeros(batch * times, raw.shape[-1])
+            whole[self.index] = raw.reshape(len(self.index), -1)
+            return whole.reshape(batch, times, -1)
         if self.axes == "02":
             return raw.movedim(1, -1)
         if self.axes == "20":
@@ -135,10 +146,16 @@ class Readout:
         return self.bring(raw, again.rows)
 
 
-def find_readout(seen: Observation, aligned: Alignment | None, loss: int | None, batch: int, times: int) -> Readout | None:
+def find_readout(
+    seen: Observation, aligned: Alignment | None, loss: int | None, batch: int, times: int, index: Tensor | None = None
+) -> Readout | None:
     """Where to read the answers per position (or per row: "pooled"); None if no output has a row for each of the `batch`."""
     if loss is not None:
-        logits = seen.logits[loss]
+        logits = seen.losses[loss].logits
+        if aligned is not None and index is not None:
+            # From the order of ids that run (T, B) to that of the exams.
+            ordered: Tensor = (index % batch) * times + index // batch if aligned.time_axis == 0 else index
+            return Readout(loss, 0, "placed", (batch, times), ordered)
         if aligned is not None:
             flat = "flat10" if aligned.flipped != (aligned.time_axis == 0) else "flat01"
             return Readout(loss, 0, flat, (aligned.values.shape[0], aligned.values.shape[1]))
@@ -146,10 +163,10 @@ def find_readout(seen: Observation, aligned: Alignment | None, loss: int | None,
             return Readout(loss, 0, "pooled", (batch, 1))
     shapes = [tuple(leaf.shape) for leaf in float_leaves(seen.output)]
     for fits in (_per_position, _per_row):
-        for index, shape in enumerate(shapes):
+        for leaf, shape in enumerate(shapes):
             axes = fits(shape, batch, times)
             if axes:
-                return Readout(None, index, axes, (batch, times if axes != "pooled" else 1))
+                return Readout(None, leaf, axes, (batch, times if axes != "pooled" else 1))
     return None
 
 
@@ -203,9 +220,12 @@ class _Fingerprints:
     def __call__(self, operation: Operation, result: Any) -> Any:
         if operation.name in _MIXING:
             self._mixing.append((operation.name, operation.source))
+        if operation.name.startswith(("empty", "new_empty")):  # whatever lay in that memory
+            return result
         if isinstance(result, Tensor) and result.dim() == 3 and tuple(result.shape[:2]) == self._shape and result.is_floating_point():
             channels = result.shape[2]
-            if channels != self._shape[self._axis]:  # (B, T, T) are scores between positions, not positions
+            # (B, T, T) may be scores between positions; what a norm or a linear layer gives is positions for certain
+            if channels != self._shape[self._axis] or operation.name in ("native_layer_norm", "_unsafe_view", "view"):
                 direction = torch.linspace(0.5, 1.5, channels, dtype=torch.float64).cos()
                 prints = torch.nan_to_num(result.detach().double()) @ direction
                 self.events.append((prints if self._axis == 1 else prints.t(), operation.module, operation.source, self._mixing))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from sickbay.exams.trace import Intercept, ModulePath, Operation, Tracer, batch_
 from sickbay.patient import ForwardCall, bare, tensors_in, user_line
 
 _LOOKUPS = ("embedding", "index", "index_select", "scatter_", "scatter")
+_RECENT = 24  # results kept before a loss: between the output layer and the loss lie a handful of views, a mask and a softmax
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -32,12 +34,17 @@ class Lookup:
 
 @dataclass
 class LossOperation:
-    """One loss inside the forward: `targets` int64 of any shape; `ignored`: the id the loss leaves out, None if unknown."""
+    """One loss inside the forward: `targets` int64 of any shape; `ignored`: the id the loss leaves out, None if unknown.
+
+    `logits`: the log-probabilities it was given `(..., V)`; `answers`: the last floating-point results with rows of V numbers before it.
+    """
 
     occurrence: int
     targets: Tensor
     ignored: int | None
     source: str
+    answers: tuple[Tensor, ...]
+    logits: Tensor
 
 
 @dataclass
@@ -50,8 +57,6 @@ class Observation:
     compared: list[tuple[Tensor, int]] = field(default_factory=list)
     added: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     aranges: list[tuple[int, ...]] = field(default_factory=list)
-    integers: list[Tensor] = field(default_factory=list)
-    logits: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Rerun:
@@ -181,6 +186,7 @@ def loss_of(operation: Operation) -> tuple[Tensor, Tensor, int | None] | None:
 def observe(again: Rerun) -> Observation:
     """One repetition, everything about its sequences written down."""
     seen = Observation()
+    recent: deque[Tensor] = deque(maxlen=_RECENT)
 
     def note(operation: Operation, result: Any) -> Any:
         found = lookup_of(operation) if operation.name in _LOOKUPS else None
@@ -192,8 +198,10 @@ def observe(again: Rerun) -> Observation:
             )
         loss = loss_of(operation) if found is None else None
         if loss is not None and loss[1].numel() > 0:
-            seen.logits[len(seen.losses)] = loss[0].detach()
-            seen.losses.append(LossOperation(len(seen.losses), loss[1].detach().clone(), loss[2], again.source(operation.source)))
+            classes = loss[0].shape[-1]
+            answers = tuple(tensor for tensor in recent if tensor.shape[-1] == classes)
+            line = again.source(operation.source)
+            seen.losses.append(LossOperation(len(seen.losses), loss[1].detach().clone(), loss[2], line, answers, loss[0].detach()))
         args = operation.args
         if (
             operation.name in ("eq", "ne")
@@ -209,6 +217,8 @@ def observe(again: Rerun) -> Observation:
                 seen.added.append((tuple(result.shape), tuple(addend.shape)))
         elif operation.name == "arange" and isinstance(result, Tensor):
             seen.aranges.append(tuple(result.shape))
+        if isinstance(result, Tensor) and result.dim() in (2, 3) and result.is_floating_point():
+            recent.append(result.detach())
         return result
 
     seen.output = again(note)
@@ -256,6 +266,9 @@ def time_axis(seen: Observation, shape: tuple[int, ...]) -> int | None:
                 votes[1 if alike[0] else 0] += 1
         elif is_position_like(lookup.ids) and lookup.ids.shape[0] == 1 and shape[0] != shape[1] and lookup.ids.shape[1] in shape:
             votes[shape.index(lookup.ids.shape[1])] += 1
+    lengths = {size[0] for size in seen.aranges if size}
+    if shape[0] != shape[1] and (shape[0] in lengths) != (shape[1] in lengths):
+        votes[0 if shape[0] in lengths else 1] += 1
     for total, addend in seen.added:
         if total[:2] == shape:
             sizes = (1,) * (3 - len(addend)) + addend

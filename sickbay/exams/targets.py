@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sickbay.exams.padding import Padding
 from sickbay.patient import LossCall
 
 OFFSETS = (-1, 0, 1, 2, 3)
@@ -29,13 +30,21 @@ _MATMULS = (
 
 @dataclass
 class Targets:
-    """What one loss was given. `values`: int64 of any shape; `counted`: bool of that shape; `certain`: False where `counted` is a guess."""
+    """What one loss was given. `values`: int64 of any shape; `counted`: bool of that shape; `certain`: False where `counted` is a guess.
+
+    `logits`: `(N, V)`, or their log-probabilities where `normalised`; None if unknown. Where the targets had to be placed by value,
+    `index` `(N,)` is each one's place in the flattened ids and `raw` what the loss was given.
+    """
 
     values: Tensor
     counted: Tensor
     ignored: int | None
     certain: bool
     source: str = ""
+    logits: Tensor | None = None
+    normalised: bool = False
+    index: Tensor | None = None
+    raw: Tensor | None = None
 
 
 @dataclass
@@ -79,7 +88,8 @@ def from_graph(loss: Tensor) -> list[Targets]:
                 counted = (weight != 0).reshape(values.shape)
             if ignored is not None:
                 counted = counted & (values != ignored)
-            found.append(Targets(values, counted, ignored, certain))
+            logits = node._saved_self if name.startswith(("NllLossBackward", "GatherBackward")) else None
+            found.append(Targets(values, counted, ignored, certain, logits=logits, normalised=True))
         stack.extend(edge for edge, _ in node.next_functions)
     return found
 
@@ -116,7 +126,7 @@ def from_call(call: LossCall) -> Targets | None:
         if values.dtype == torch.bool:
             return None
         certain = call.reduction != "none"
-        return Targets(values.long(), values != call.ignore_index, call.ignore_index, certain, call.source)
+        return Targets(values.long(), values != call.ignore_index, call.ignore_index, certain, call.source, logits)
     if values.shape != logits.shape or values.dim() < 2 or values.shape[-1] < 3:
         return None
     mass = values.sum(-1)
@@ -183,3 +193,34 @@ def _at_axis(values: Tensor, counted: Tensor, ids: Tensor, time: int, flipped: b
     # Agreement at -1 is a shift in the wrong direction; the number stays that of "none" and the match tells.
     clear = offset == -1 or all(share < RIVAL for other, share in match.items() if other != offset)
     return Alignment(values, counted, time, offset if clear else -1, match, clear, flipped, most)
+
+
+def fit(grid: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """`grid` `(B, x)` cut, or filled with zeros (False), to `shape` `(B, n)`: answers and inputs begin at the same position."""
+    fitted = torch.zeros(tuple(shape), dtype=grid.dtype)
+    width = min(grid.shape[1], shape[1])
+    fitted[:, :width] = grid[:, :width]
+    return fitted
+
+
+def graded(
+    target: Targets, lookup_ids: Tensor, aligned: Alignment, padding: Padding, eos: int | None
+) -> list[tuple[str, float, dict[str, Any]]]:
+    """padding_counted and eos_targets as (signal, value, note): what the loss counts at padding, and whether it ever asks for the end."""
+    found: list[tuple[str, float, dict[str, Any]]] = []
+    counted = int(aligned.counted.sum())
+    if counted and target.certain:
+        at_padding = aligned.counted & fit(padding.mask, aligned.values.shape)
+        if aligned.offset >= 1:  # the first padding after the text is a legitimate end token: its input is real
+            at_padding &= aligned.values == padding.pad_id
+        note = {"pad_id": padding.pad_id, "known_by": padding.known_by, "counted": counted}
+        found.append(("padding_counted", int(at_padding.sum()) / counted, note))
+    ids = lookup_ids if aligned.time_axis == 1 else lookup_ids.t()
+    real = (ids == padding.pad_id) & ~padding.mask
+    shared = eos == padding.pad_id or (padding.explicit and bool(real[:, 1:].any()))
+    if aligned.offset >= 1 and shared:
+        # A mask tells real end tokens from padding; without one, the first of the run that ends a row may be real.
+        ends = int(real[:, 1:].sum()) + (0 if padding.explicit else int(padding.mask[:, -1].sum()))
+        value = int((aligned.counted & (aligned.values == padding.pad_id)).sum())
+        found.append(("eos_targets", value, {"eos_id": padding.pad_id, "eos_in_inputs": ends, "known_by": padding.known_by}))
+    return found
