@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 MAD_TO_SIGMA = 1.4826  # makes the MAD of a normal sample its standard deviation: Rousseeuw & Croux 1993
 FLOOR = 0.01  # share of the median below which a spread counts as rounding, so that constant series have a finite z
 
@@ -28,3 +31,18 @@ def robust_z(value: float, history: Sequence[float]) -> float:
     if not scale > 0:
         return float("nan") if middle != middle else (0.0 if value <= middle else float("inf"))
     return (value - middle) / scale
+
+
+def rolling_z(values: Sequence[float], history: int, fewest: int) -> NDArray[np.float64]:
+    """`robust_z` of each finite value against the up to `history` values before it `(N,)`; NaN for the first `fewest`."""
+    series = np.asarray(values, dtype=np.float64)
+    z = np.full(len(series), np.nan)
+    for index in range(fewest, min(history, len(series))):
+        z[index] = robust_z(float(series[index]), series[:index].tolist())
+    if len(series) > history:
+        past = np.lib.stride_tricks.sliding_window_view(series, history)[:-1]
+        middle = np.median(past, axis=1)
+        spread = np.median(np.abs(past - middle[:, None]), axis=1) * MAD_TO_SIGMA
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z[history:] = (series[history:] - middle) / np.maximum(spread, FLOOR * np.abs(middle))
+    return z

@@ -30,7 +30,7 @@ from typing import Any
 from sickbay.core.chart import Chart, Reading
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, Threshold, number
-from sickbay.core.robust import median, robust_z
+from sickbay.core.robust import median, robust_z, rolling_z
 
 OUTLIER = Threshold(10.0, "robust standard deviations", source="z > 10 of median and MAD; BLOOM's spike has z > 100")
 RISE = Threshold(
@@ -48,18 +48,18 @@ HISTORY, FEWEST, LEAD, RECOVERY, BRIEF = 50, 20, 5, 50, 3  # steps
 
 def diagnose(chart: Chart) -> Diagnosis | None:
     losses = chart["loss"].finite()
-    for index in range(FEWEST, len(losses) - 1):
-        past = losses.values[max(0, index - HISTORY) : index]
-        onset: Reading = losses[index]
-        middle, rise = median(past), RISE * max(median(losses.values[:3]), median(past))
-        begins = robust_z(onset.value, past) > OUTLIER and onset.value - middle > rise and not robust_z(past[-1], past[:-1]) > OUTLIER
-        if not begins or _restarted(chart, onset.step):
+    values = losses.values
+    first, distances = median(values[:3]), rolling_z(values, HISTORY, FEWEST)
+    for index in [i for i in range(FEWEST, len(values) - 1) if distances[i] > OUTLIER]:
+        onset, past = losses[index], values[max(0, index - HISTORY) : index]
+        middle, rise = median(past), RISE * max(first, median(past))
+        if onset.value - middle <= rise or robust_z(past[-1], past[:-1]) > OUTLIER or _restarted(chart, onset.step):
             continue
-        back = _back(losses.values[index + 1 : index + 1 + RECOVERY], middle, onset.value)
+        back = _back(values[index + 1 : index + 1 + RECOVERY], middle, onset.value)
         lead = _lead(chart, onset.step)
-        if back is None or (lead is None and back > BRIEF):
+        peak: Reading = losses.between(onset.step, losses[index + (back or 0)].step).worst() or onset
+        if back is None or (lead is None and (back > BRIEF or peak.value - middle < UNLED * first)):
             continue
-        peak: Reading = losses.between(onset.step, losses[index + back].step).worst() or onset
         led = f"; the gradient norm was {number(lead.value)} at step {lead.step} before it" if lead is not None else ""
         size = f"{number(robust_z(peak.value, past))} robust standard deviations"
         return Diagnosis(
