@@ -71,6 +71,7 @@ class Patient:
         self.distributed = False
         self.scale = 1.0
         self.finished_backwards = 0
+        self.norm_at_step = 0.0
         self.functional: Callable[[], Any] | None = None
         self.dead_units: dict[str, set[int]] = {}
 
@@ -128,10 +129,13 @@ _user_files: dict[str, bool] = {}
 
 
 def is_user_file(filename: str) -> bool:
-    """True unless `filename` belongs to Python, an installed package or sickbay's own rooms (the reference and examples count as a user's)."""
+    """True unless `filename` belongs to Python, an installed package or sickbay's own rooms.
+
+    The reference counts as a user's, and so do the conditions: the only part of theirs that runs beneath a hook is a planted fault.
+    """
     known = _user_files.get(filename)
     if known is None:
-        own = filename.startswith(_OWN_FOLDER) and not filename.startswith(_OWN_FOLDER + "reference/")
+        own = filename.startswith(_OWN_FOLDER) and not filename.startswith((_OWN_FOLDER + "reference/", _OWN_FOLDER + "conditions/"))
         known = not own and not any(mark in filename for mark in _LIBRARY_MARKS)
         _user_files[filename] = known
     return known
