@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from nonfinite_steps import Step, found, line_with, unchanged
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sickbay.exams.fork import NoAnswer
 from sickbay.exams.nonfinite import locate, locate_update
@@ -95,6 +97,88 @@ def test_functional_gradient_without_modules() -> None:
     assert not torch.isfinite(weight.grad if weight.grad is not None else torch.ones(1)).all()
     finding = found(step.examine())
     assert finding.note["op"] == "pow"  # the norm's derivative at zero is defined as zero
+
+
+class Wrong(torch.autograd.Function):
+    """The identity with a derivative that divides by zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient / (x - x)
+
+
+class Custom(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Wrong.apply(x)
+
+
+def test_custom_function_is_named(tmp_path: Path) -> None:
+    model, step = model_with(Custom()), Step(tmp_path)
+    step.backward(step.cross_entropy(step.forward(model, torch.randn(8, 4)), torch.zeros(8, dtype=torch.long)))
+    finding = found(step.examine())
+    assert (finding.note["op"], finding.where) == ("Wrong", "1")
+    assert "aten::div" in reproduces(tmp_path)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Power()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_inside_activation_checkpointing() -> None:
+    model, step = model_with(Checkpointed()), Step()
+    step.backward(step.cross_entropy(step.forward(model, torch.randn(8, 4)), torch.zeros(8, dtype=torch.long)))
+    finding = found(step.examine())
+    assert (finding.note["op"], finding.where, finding.source) == ("pow", "1.inner", line_with("mark: half power", __file__))
+
+
+class Tokens(nn.Module):
+    """Next-token logits `(B, T, V)` whose states go through a square root at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        return self.head(hidden + (hidden - hidden.detach()).abs().sqrt())
+
+
+@pytest.mark.parametrize("shape", ["shifted", "transposed", "last"])
+def test_logits_are_recognised_in_the_form_the_loss_took(shape: str) -> None:
+    torch.manual_seed(0)
+    ids, model, step = torch.randint(0, 7, (2, 5)), Tokens(), Step()
+    logits = step.forward(model, ids)
+    forms = {
+        "shifted": (logits[:, :-1].reshape(-1, 7), ids[:, 1:].reshape(-1)),
+        "transposed": (logits.transpose(1, 2), ids),
+        "last": (logits[:, -1], ids[:, 0]),
+    }
+    step.backward(step.cross_entropy(*forms[shape]))
+    finding = found(step.examine())
+    assert finding.note["op"] == "sqrt" and "cross_entropy" in finding.note["traced"]
+
+
+def test_half_precision_gradient_overflows_with_the_loss_scale() -> None:
+    torch.manual_seed(0)
+    model, step = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), Step()
+    with torch.no_grad():
+        model[1].weight.mul_(1e4)
+    step.patient.scale = 65536.0
+    logits = step.forward(model, torch.randn(8, 4), autocast=torch.float16)
+    step.backward(step.cross_entropy(logits.float(), torch.zeros(8, dtype=torch.long)) * 65536.0)
+    finding = found(step.examine())
+    assert (finding.note["op"], finding.note["result"]["dtype"], finding.where) == ("addmm", "float16", "1")
 
 
 def test_finite_step_has_nothing_to_find() -> None:

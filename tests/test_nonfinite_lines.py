@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
+from nonfinite_steps import line_with
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sickbay.exams.graph_walk import nodes_below
 from sickbay.exams.stretch import Stretch
 from sickbay.probes.loss_lines import LossLines
 
@@ -23,11 +26,9 @@ class Theirs(TorchFunctionMode):
         super().__init__()
         self.calls = 0
 
-    def __torch_function__(
-        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
-    ) -> object:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        return func(*args, **(kwargs or {}))  # type: ignore[operator]
+        return func(*args, **(kwargs or {}))
 
 
 def test_begin_and_end_any_number_of_times() -> None:
@@ -48,11 +49,8 @@ def test_records_nodes_in_order_with_function_and_line() -> None:
     lines.end()
     assert y.item() == pytest.approx(torch.e**2 / 2)
     (segment,) = lines.segments
-    assert [(node, function) for node, function, _ in segment] == [
-        ("ExpBackward0", "exp"),
-        ("MseLossBackward0", "mse_loss"),
-        ("DivBackward0", "div"),
-    ] or [node for node, _, _ in segment] == ["ExpBackward0", "MseLossBackward0", "DivBackward0"]
+    assert [node for node, _, _ in segment] == ["ExpBackward0", "MseLossBackward0", "DivBackward0"]
+    assert [function for _, function, _ in segment][:2] == ["exp", "mse_loss"]
     assert all(source.startswith(__file__ + ":") for _, _, source in segment)
 
 
@@ -112,13 +110,8 @@ def test_lines_survive_an_extra_operation() -> None:
         if extra:
             y = y * 2
         z = y.exp().mean()
-        lines.end_step() if not extra else None
         lines.end()
     log = z.grad_fn.next_functions[0][0].next_functions[0][0].next_functions[0][0]
-    from nonfinite_steps import line_with
-
-    from sickbay.exams.graph_walk import nodes_below
-
     del lines.segments[1:]
     assert stretch.line_of(log, nodes_below(z.grad_fn)) == line_with("mark: first", __file__)
 

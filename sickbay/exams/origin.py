@@ -14,12 +14,10 @@ from sickbay.exams.operand import flat, is_mask_sized, kinds, named_operands
 from sickbay.exams.trace import ModulePath, conditions_of
 from sickbay.patient import ForwardCall, bare, is_user_file, tensors_in
 
-MASK_MAKERS = frozenset(
-    ("masked_fill", "where", "full", "full_like", "new_full", "fill", "scalar_tensor", "lift_fresh", "triu", "tril", "index_put")
-    + ("index_fill", "copy", "masked_scatter", "scatter", "constant_pad_nd", "select_scatter", "slice_scatter", "arange")
-)
-MASK_ADDERS = frozenset(("add", "sub", "mul", "_to_copy", "rsub", "copy"))
-OVERWRITERS = frozenset(("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_", "set_"))
+MASK_MAKERS = {"masked_fill", "where", "full", "full_like", "new_full", "fill", "scalar_tensor", "lift_fresh", "triu", "tril"}
+MASK_MAKERS |= {"index_put", "index_fill", "copy", "masked_scatter", "scatter", "constant_pad_nd", "select_scatter", "slice_scatter"}
+MASK_ADDERS = {"add", "sub", "mul", "_to_copy", "rsub", "copy"}
+OVERWRITERS = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_", "set_"}
 LOSSES = ("nll_loss", "binary_cross_entropy")
 KEPT_OPERAND_BYTES = 1 << 30
 MAX_FOUND = 256
@@ -62,7 +60,7 @@ def storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class OriginWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OriginWatch(TorchDispatchMode):
     """Sees every operation below autograd; `origins` maps memory to the indices in `found` of what made it non-finite.
 
     Memory that is non-finite without an origin is so on purpose. With `keep`, forward operands stay alive up to a bound.

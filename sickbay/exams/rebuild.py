@@ -56,7 +56,7 @@ def as_logits(output: Tensor, logits: Tensor) -> Iterator[Tensor]:
         if shaped.shape == logits.shape and torch.allclose(
             shaped.detach().float(), logits.detach().float(), rtol=1e-3, atol=1e-5, equal_nan=True
         ):
-            yield shaped
+            yield shaped.to(logits.dtype)
 
 
 def again(call: LossCall, logits: Tensor) -> Tensor | None:

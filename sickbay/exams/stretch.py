@@ -6,8 +6,8 @@ be infinite at a finite point have their saved operands held until the step is o
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,10 @@ from sickbay.exams.graph_walk import arguments, by_age, nodes_below, overloads, 
 from sickbay.exams.operand import kinds, node_operation
 
 MAX_NODES = 40
-RISKY = frozenset(
-    f"{name}Backward{version}"
-    for name in ("Sqrt", "Rsqrt", "Log", "Log2", "Log10", "Log1P", "Pow", "Div", "Reciprocal", "Norm", "LinalgVectorNorm")
-    + ("Acos", "Asin", "Acosh", "Atanh", "Atan2", "Std", "Var", "Xlogy", "Logit", "Cdist", "Erfinv")
-    for version in range(5)
-)
-
+# What has an infinite derivative at some finite operand, by the names torch gives their nodes.
+_INFINITE_SOMEWHERE = ["Sqrt", "Rsqrt", "Log", "Log2", "Log10", "Log1P", "Pow", "Div", "Reciprocal", "Norm", "LinalgVectorNorm"]
+_INFINITE_SOMEWHERE += ["Acos", "Asin", "Acosh", "Atanh", "Atan2", "Std", "Var", "Xlogy", "Logit", "Cdist", "Erfinv"]
+RISKY = frozenset(f"{name}Backward{version}" for name in _INFINITE_SOMEWHERE for version in range(5))
 
 # One autograd node of a recorded stretch: its name, the function the user called, the user's `file:line`.
 MadeNode = tuple[str, str, str]
@@ -73,10 +70,11 @@ class Stretch:
             nodes = nodes_below(loss.grad_fn, MAX_NODES) if getattr(loss, "grad_fn", None) is not None else []
             for node in nodes:
                 name = type(node).__name__
-                if name in RISKY:
-                    kept = {key[7:]: getattr(node, key) for key in saved_names(type(node))}
-                    self._held.append(Held(name, node._sequence_nr(), kept, len(node.next_functions), shape_of(node)))
                 self._names.append((node._sequence_nr(), name))
+                if name in RISKY:
+                    with contextlib.suppress(RuntimeError):  # an operand was overwritten since: backward itself will complain
+                        kept = {key[7:]: getattr(node, key) for key in saved_names(type(node))}
+                        self._held.append(Held(name, node._sequence_nr(), kept, len(node.next_functions), shape_of(node)))
         except Exception:  # what cannot be noted is not worth a failing script
             self._held.clear()
 
@@ -120,10 +118,15 @@ class Stretch:
         return None
 
 
-@functools.cache
 def saved_names(kind: type) -> tuple[str, ...]:
     """The names of what nodes of this type save."""
-    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
+    known = _saved_names.get(kind)
+    if known is None:
+        known = _saved_names[kind] = tuple(name for name in dir(kind) if name.startswith("_saved_"))
+    return known
+
+
+_saved_names: dict[type, tuple[str, ...]] = {}
 
 
 def derivative(held: Held) -> tuple[Any, tuple[Any, ...], Tensor] | None:
