@@ -63,6 +63,7 @@ class Examiner:
         self._began = time.monotonic()
         self._spent = 0.0
         self._traces = 0
+        self._traced_step = -1
         self._stepped_nonfinite = False
 
     # --- the loop's events ----------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ class Examiner:
             return
         calls = self.patient.training_calls()
         captured = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
-        self._stretch.note(loss, bool(calls) and len(captured) == 1)
+        self._stretch.note(loss, bool(calls) and len(captured) == 1 and _is_scaled(loss, captured[0].value))
         self._examine(self._asked.setdefault(calls[-1].module, Asked()) if calls else self._functional, loss)
 
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
@@ -153,8 +154,9 @@ class Examiner:
         if not self._stepped_nonfinite:
             self._stepped_nonfinite = True
             self.record.read("nonfinite_step", 1, note={"what": what})
-        if self._traces >= _TRACES:
+        if self._traces >= _TRACES or self._traced_step == self.record.step:
             return
+        self._traced_step = self.record.step
         self._traces += 1
         answer = self._ask(lambda: nonfinite.locate(self.patient, what, loss, self._stretch, self.folder))
         if isinstance(answer, NoAnswer):
@@ -171,6 +173,18 @@ class Examiner:
 
     def detach(self) -> None:
         self._lines.end()
+
+
+def _is_scaled(loss: Tensor, value: Tensor) -> bool:
+    """True if `loss` is `value`, times or over a constant at most: then the captured call suffices to rebuild it."""
+    node: Any = loss.grad_fn
+    for _ in range(3):
+        if node is None or node is value.grad_fn:
+            return node is not None
+        if node.name() not in ("MulBackward0", "DivBackward0") or sum(child is not None for child, _ in node.next_functions) != 1:
+            return False
+        node = next(child for child, _ in node.next_functions if child is not None)
+    return node is value.grad_fn
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | None) -> Callable[[], None]:

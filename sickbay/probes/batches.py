@@ -22,7 +22,7 @@ _MAX_KNOWN = 200_000
 
 
 class Batches:
-    """Writes how long ago the very same batch was trained on, and whether dropout was on where it should be off, or off where it should be on."""
+    """Writes how long ago the very same batch was trained on, and in which mode dropout and batch-norm were when it passed."""
 
     SIGNALS = SIGNALS
 
@@ -85,7 +85,7 @@ class Batches:
 
 
 def fingerprint(value: Any) -> tuple[int, int]:
-    """(checksum of the batch's first integer tensors, else of its floats; address of the first): equal batches have equal checksums, 0 = none."""
+    """(checksum, address) of the batch's first integer tensors, else of its floats: equal batches have equal checksums, 0 = none."""
     tensors = [tensor for _, tensor in tensors_in(value) if not tensor.requires_grad and tensor.device.type == "cpu" and tensor.numel() > 1]
     whole = [tensor for tensor in tensors if not tensor.is_floating_point() and not tensor.is_complex()]
     chosen = whole or [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -24,7 +24,9 @@ _SHAPE = re.compile(
     r"dimension out of range|shape mismatch|input and .* must have",
     re.IGNORECASE,
 )
-_TOKEN = re.compile(r"index out of range in self|Target -?\d+ is out of bounds|index -?\d+ is out of bounds for dimension|device-side assert", re.IGNORECASE)
+_TOKEN = re.compile(
+    r"index out of range in self|Target -?\d+ is out of bounds|index -?\d+ is out of bounds for dimension|device-side assert", re.IGNORECASE
+)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 _MAX_SHAPES = 12
 
@@ -104,13 +106,18 @@ def likely_shape_cause(message: str, shapes: list[dict[str, Any]], path: list[di
         for shape in tensors:
             if shape and shape[-1] == got and wanted in shape[:-1]:
                 axis = len(shape) - 1 - shape[::-1].index(wanted)
-                return f"the input is {shape}: its axis {axis} has the {wanted} features the layer expects on the last axis, so axes are swapped: transpose({axis}, -1)"
+                return (
+                    f"the input is {shape}: its axis {axis} has the {wanted} features the layer expects on the last axis, "
+                    f"so axes are swapped: transpose({axis}, -1)"
+                )
         heads = _integers(frame)
         for name, count in heads.items():
             if count > 1 and got * count == wanted:
-                return f"the last axis has {got} = {wanted} / {name} elements: the {count} heads were not merged back (transpose(1, 2).reshape(batch, time, {wanted}))"
+                merged = f"transpose(1, 2).reshape(batch, time, {wanted})"
+                return f"the last axis has {got} = {wanted} / {name} elements: the {count} heads were not merged back ({merged})"
             if count > 1 and wanted * count == got:
-                return f"the last axis has {got} = {wanted} * {name} elements: the heads (or parts) must be split first, view(..., {count}, {wanted})"
+                split = f"view(..., {count}, {wanted})"
+                return f"the last axis has {got} = {wanted} * {name} elements: the heads (or parts) must be split first, {split}"
         if got == rows or any(len(shape) == 1 for shape in tensors[:1]):
             return f"the layer expects {wanted} features on the last axis and got {got}: a batch or time axis is missing, unsqueeze(0)"
         return f"the layer was built for {wanted} input features and got {got}"
@@ -120,21 +127,22 @@ def likely_shape_cause(message: str, shapes: list[dict[str, Any]], path: list[di
             found.update(step["shape_in"])
         src, tgt = found.get("src", []), found.get("tgt", [])
         if len(src) == 3 and len(tgt) == 3 and (src[0] == tgt[1] or src[1] == tgt[0]):
-            return f"src is {src} and tgt is {tgt}: one is batch-first, the other sequence-first; nn.Transformer expects (time, batch, features) unless batch_first=True"
+            layout = "nn.Transformer expects (time, batch, features) unless batch_first=True"
+            return f"src is {src} and tgt is {tgt}: one is batch-first, the other sequence-first; {layout}"
         return f"src is {src} and tgt is {tgt}: their batch axes differ; check batch_first"
     sizes = re.search(r"tensor a \((\d+)\) must match the size of tensor b \((\d+)\) at non-singleton dimension (\d+)", message)
     if sizes:
         a, b, axis = map(int, sizes.groups())
         if abs(a - b) == 1:
-            return f"the two sides differ by one at axis {axis} ({a} against {b}): one was shifted or got a begin/end token and the other did not"
+            return f"the two sides differ by one at axis {axis} ({a} against {b}): one was shifted or got an end token, the other did not"
         for shape in tensors:
             if a in shape and b in shape and len(shape) >= 2:
-                return f"a tensor of shape {shape} carries both {a} and {b}: two of its axes are swapped (batch and time, or time and features)"
+                return f"a tensor of shape {shape} carries both {a} and {b}: two axes are swapped (batch and time, or time and features)"
         return f"the two sides have {a} and {b} elements at axis {axis}: one lacks an axis (unsqueeze) or was cut to another length"
     view = re.search(r"shape '\[([^\]]*)\]' is invalid for input of size (\d+)", message)
     if view:
         asked, size = [int(part) for part in view.group(1).split(",")], int(view.group(2))
-        return f"view({asked}) does not hold the {size} elements there are: check the number of heads against the width, and that the tensor still has its batch axis"
+        return f"view({asked}) does not hold the {size} elements there are: check heads against width, and the batch axis"
     pair = re.search(r"Expected input batch_size \((\d+)\) to match target batch_size \((\d+)\)", message)
     if pair:
         a, b = map(int, pair.groups())

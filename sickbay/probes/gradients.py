@@ -57,6 +57,7 @@ class Gradients:
         norms, late_losses = norms[: len(dense)], norms[len(dense) :]
         self._losses.extend(late_losses)
         self._pending.clear()
+        self.patient.norm_at_step = math.hypot(*norms)
         if norms:
             shown = [norm / self._shrink for norm in norms]
             total = math.sqrt(sum(norm * norm for norm in shown)) if all(map(math.isfinite, shown)) else math.nan
@@ -65,6 +66,9 @@ class Gradients:
             if not math.isfinite(total):
                 self.loop.emit("nonfinite", "gradient", None)
         self._shrink = 1.0
+
+    def step_end(self, optimizer: Any) -> None:
+        self.round_end(self.record.step)
 
     def round_end(self, step: int) -> None:
         if self._losses:
@@ -120,6 +124,6 @@ def clean(name: str) -> str:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on every step's loss and gradient norms are written."""
     probe = Gradients(patient, record, loop)
-    for event in ("backward_begin", "clip", "step_begin", "round_end"):
+    for event in ("backward_begin", "clip", "step_begin", "step_end", "round_end"):
         loop.on(event, probe, getattr(probe, event))
     return lambda: None

@@ -246,7 +246,8 @@ class Loop:
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self.awake():
             if id(optimizer) in self._round:
-                self._end_round()
+                # Another optimizer has taken over: what is known of this step's forward belongs to the step that begins.
+                self._end_round(forget=False)
             # A closure makes the gradients inside step(): they can only be read afterwards.
             closure = kwargs.get("closure") or next((a for a in args if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
             if closure is None:
@@ -262,14 +263,15 @@ class Loop:
             if self._round[-1] == (self._last_round or self._round)[-1]:
                 self._end_round()
 
-    def _end_round(self) -> None:
+    def _end_round(self, forget: bool = True) -> None:
         self._last_round, self._round = self._round, []
-        self.end_step()
+        self.end_step(forget)
 
-    def end_step(self) -> None:
+    def end_step(self, forget: bool = True) -> None:
         """One optimizer step is over: its readings are written, its tensors let go."""
         self.emit("round_end", self.record.step)
-        self.patient.forget_step()
+        if forget:
+            self.patient.forget_step()
         self.rounds += 1
         self.emit_seconds()
 

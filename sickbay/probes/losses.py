@@ -17,7 +17,17 @@ from sickbay.probes.loop import Loop
 
 SIGNALS = ("eval_loss", "chance_loss", "ignored_targets")
 
-_FUNCTIONS = ("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div")
+_FUNCTIONS = (
+    "cross_entropy",
+    "nll_loss",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+)
 _CLASSIFYING = ("cross_entropy", "nll_loss")
 _FIRST_READINGS = 8
 
@@ -115,7 +125,8 @@ def write_ignored(record: RecordWriter, call: LossCall) -> None:
     """The share of this call's targets that the loss skips."""
     count = call.targets.numel()
     ignored = int((call.targets == call.ignore_index).sum()) if count else 0
-    record.read("ignored_targets", ignored / count if count else 1.0, note={"count": count, "ignore_index": call.ignore_index}, source=call.source)
+    note = {"count": count, "ignore_index": call.ignore_index}
+    record.read("ignored_targets", ignored / count if count else 1.0, note=note, source=call.source)
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:

@@ -24,10 +24,16 @@ _FIRST_STEPS = 4
 
 @dataclass
 class Held:
-    """What is remembered of one optimizer between its steps. `carried`: share of old gradient found, None until looked."""
+    """What is remembered of one optimizer between its steps, also when the optimizer itself is gone.
 
+    `carried`: share of old gradient found, None until looked; `reached`: some backward gave its parameters a gradient.
+    """
+
+    name: str = ""
     steps: int = 0
     backwards: int = 0
+    all_backwards: int = 0
+    reached: bool = False
     norm: float = 0.0
     carried: float | None = None
     cleaned: bool = False
@@ -52,6 +58,8 @@ class Order:
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record, self.loop = patient, record, loop
         self._held: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
+        self._everyone: list[Held] = []
+        self._skips = 0
         self._by_hand = Held()
         self._leaves: list[weakref.ref[Tensor]] = []
         self._print: tuple[float, ...] = ()
@@ -60,7 +68,6 @@ class Order:
         self._backwards = 0
         self._torch_steps = 0
         self._func_calls = 0
-        self._created = 0
 
     # --- backward -----------------------------------------------------------------------------------------------
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
@@ -81,9 +88,9 @@ class Order:
             return
         left = math.hypot(*norms_of(gradients, [])) if gradients else 0.0
         if left == 0.0:
-            if held.backwards and len(self._held) == 1:
+            if held.backwards and held.steps and len(self._held) == 1:
                 note = {"finite_loss": held.finite}
-                self.record.read("dropped_backwards", held.backwards, where=name_of(optimizer), note=note, source=held.sources[-1])
+                self.record.read("dropped_backwards", held.backwards, where=held.name, note=note, source=held.sources[-1])
             held.backwards, held.cleaned, held.finite = 0, True, True
         elif held.steps and held.carried is None:
             held.carried = left / held.norm if held.norm > 0 else math.inf
@@ -94,41 +101,49 @@ class Order:
             self.loop.end_step()
             return
         line = user_line(4)
-        for held in self._held.values():
+        for optimizer, held in tuple(self._held.items()):
             held.backwards += 1
+            held.all_backwards += 1
+            held.reached = held.reached or _has_gradient(optimizer)
             held.sources = [*held.sources[-3:], line]
         self._by_hand.backwards += 1
         self._by_hand.sources = [line]
 
     # --- steps --------------------------------------------------------------------------------------------------
     def optimizer_created(self, optimizer: Any) -> None:
-        self._held.setdefault(optimizer, Held())
-        self._created += 1
+        self._of(optimizer)
+
+    def _of(self, optimizer: Any) -> Held:
+        held = self._held.get(optimizer)
+        if held is None:
+            held = self._held[optimizer] = Held(type(optimizer).__name__)
+            self._everyone.append(held)
+        return held
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
-        held = self._held.setdefault(optimizer, Held())
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = math.hypot(*norms_of([g for g in gradients if not g.is_sparse], [])) if gradients else 0.0
+        held = self._of(optimizer)
+        norm = self.patient.norm_at_step
         backwards = held.backwards
         if backwards == 0 and norm > 0 and norm != held.norm:
             backwards = 1  # the script fills .grad by its own hand
         if held.steps < _LOOK_EVERY or backwards == 0:
-            self.record.read("backwards_since_step", backwards, where=name_of(optimizer), source=user_line(4))
+            self.record.read("backwards_since_step", backwards, where=held.name, source=user_line(4))
         if held.steps and backwards and (held.carried is not None or held.cleaned):
             value = 0.0 if held.cleaned else held.carried or 0.0
             if value or held.steps < _FIRST_STEPS + 4:
                 source = held.sources[-1] if held.sources else ""
-                self.record.read("carried_gradient", value, where=name_of(optimizer), note={"norm_at_step": held.norm}, source=source)
+                self.record.read("carried_gradient", value, where=held.name, note={"norm_at_step": held.norm}, source=source)
         held.norm = norm
 
     def step_end(self, optimizer: Any) -> None:
-        held = self._held.setdefault(optimizer, Held())
+        held = self._of(optimizer)
         held.steps += 1
         held.backwards, held.carried, held.cleaned, held.finite = 0, None, False, True
         self._torch_steps += 1
         self._write_weighting()
 
     def scaler(self, scale: float, skipped: bool) -> None:
+        self._skips += skipped
         if skipped:
             for held in self._held.values():
                 held.backwards, held.carried, held.cleaned = 0, None, False
@@ -160,7 +175,7 @@ class Order:
         total, tokens = sum(weights), sum(m.counted for m in micro)
         worst = max(abs(w / total * tokens / m.counted - 1) for w, m in zip(weights, micro)) if total else math.inf
         note = {"count": len(micro), "weights": weights[:64], "tokens": [m.counted for m in micro][:64], "worst": worst}
-        held = max(self._held.values(), key=lambda h: h.steps, default=self._by_hand)
+        held = max(self._everyone, key=lambda h: h.steps, default=self._by_hand)
         self.record.read("loss_weight_sum", total, note=note, source=held.sources[-1] if held.sources else "")
 
     # --- updates written by hand ----------------------------------------------------------------------------------
@@ -174,28 +189,23 @@ class Order:
             held = self._by_hand
             gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
             left = math.hypot(*norms_of(gradients, [])) if gradients else 0.0
-            self.record.read("carried_gradient", 1.0 if left else 0.0, where="update written by hand", source=held.sources[-1] if held.sources else "")
+            source = held.sources[-1] if held.sources else ""
+            self.record.read("carried_gradient", 1.0 if left else 0.0, where="update written by hand", source=source)
             held.steps += 1
             self.loop.end_step()
         self._print = now
 
     def finish(self) -> None:
         """The run is over: whoever got gradients but never stepped is written down."""
-        stepped = self._torch_steps or self._by_hand.steps or self._func_calls
-        for optimizer, held in tuple(self._held.items()):
-            if not held.steps and held.backwards >= 2:
-                note = {"optimizers": len(self._held), "scaler_skips": 0, "of_this_optimizer": True}
-                self.record.read("backwards_without_step", held.backwards, where=name_of(optimizer), note=note, source=held.sources[-1])
-                stepped = True
-        if not stepped and self._by_hand.backwards >= 2 and not self._held:
-            # An optimizer made inside a function may be gone by now; that it was there still counts.
-            note = {"optimizers": self._created, "scaler_skips": 0, "of_this_optimizer": False}
-            self.record.read("backwards_without_step", self._by_hand.backwards, note=note, source=self._by_hand.sources[-1])
+        for held in self._everyone:
+            if not held.steps and held.all_backwards >= 2 and held.reached:
+                note = {"optimizers": len(self._everyone), "scaler_skips": self._skips}
+                self.record.read("backwards_without_step", held.all_backwards, where=held.name, note=note, source=held.sources[-1])
 
 
-def name_of(optimizer: Any) -> str:
-    """How an optimizer is called in readings."""
-    return type(optimizer).__name__
+def _has_gradient(optimizer: Any) -> bool:
+    """True if any of the optimizer's parameters holds a gradient."""
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:

@@ -31,7 +31,7 @@ class Parameters:
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record, self.loop = patient, record, loop
         self._distances: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._had_gradient: set[int] = set()
+        self._had_gradient: dict[int, weakref.ref[Tensor]] = {}
         self._steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._created_at: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._ties_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -63,7 +63,7 @@ class Parameters:
         model = {id(p): (name, p) for root in self._trained_roots() for name, p in named_parameters(root)}
         for parameter in (p for _, p in model.values()):
             if parameter.grad is not None:
-                self._had_gradient.add(id(parameter))
+                self._had_gradient[id(parameter)] = weakref.ref(parameter)
         self._find_missing(optimizer, held, model)
         if count >= 1:
             self._find_without_gradient(optimizer, held, model, count)
@@ -98,17 +98,23 @@ class Parameters:
             return
         self._reported.add(tuple(names))
         share = sum(leaf.numel() for _, leaf, _ in missing) / max(1, sum(leaf.numel() for leaf, _ in reached.values()))
-        note = {"names": names[:_MAX_NAMES], "kind": kind, "share": share, "in_optimizer": len(own)}
+        frozen = sum(not p.requires_grad for _, p in model.values())
+        note = {"names": names[:_MAX_NAMES], "kind": kind, "share": share, "in_optimizer": len(own), "frozen": frozen}
         self.record.read("missing_from_optimizer", len(missing), where=names[0], note=note, source=self._created_at.get(optimizer, ""))
 
     def _find_without_gradient(
         self, optimizer: Any, held: dict[int, Tensor], model: dict[int, tuple[str, nn.Parameter]], count: int
     ) -> None:
-        absent = [name for key, (name, p) in model.items() if p.requires_grad and p.grad is None and key not in self._had_gradient]
+        absent = [name for name, p in model.values() if p.requires_grad and p.grad is None and not self._ever_had_gradient(p)]
         with_gradient = any(p.grad is not None for p in held.values())
         if absent and with_gradient and tuple(absent) not in self._reported:
             self._reported.add(tuple(absent))
             self.loop.emit("gradient_absent", absent, count + 1)
+
+    def _ever_had_gradient(self, parameter: Tensor) -> bool:
+        """By identity: an address that another parameter had before does not count."""
+        known = self._had_gradient.get(id(parameter))
+        return known is not None and known() is parameter
 
     # --- tied embeddings ------------------------------------------------------------------------------------------
     def _check_ties(self, root: nn.Module) -> None:

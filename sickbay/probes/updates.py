@@ -40,7 +40,9 @@ class Updates:
         self._checked_start = True
         root = self.patient.root
         for name, parameter in root.named_parameters() if root is not None else ():
-            count = int((~torch.isfinite(parameter.detach())).sum()) if parameter.device.type == "cpu" and parameter.is_floating_point() else 0
+            if parameter.device.type != "cpu" or not parameter.is_floating_point():
+                continue
+            count = int((~torch.isfinite(parameter.detach())).sum())
             if count:
                 self.record.read("nonfinite_weight", count, where=name, note={"updates_before": 0}, source=user_line(4))
 
