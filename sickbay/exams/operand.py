@@ -51,6 +51,18 @@ def is_number(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout == torch.strided and tensor.numel() > 0
 
 
+def finite(tensor: Tensor) -> bool:
+    """True when no element is NaN or infinite; also for anything but dense floats. One pass and no copy where all is well."""
+    if not is_number(tensor):
+        return True
+    tensor = tensor.detach()
+    if tensor.element_size() == 1:  # the 8-bit floats have no arithmetic
+        tensor = tensor.float()
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    # A sum of finite elements can overflow; a finite sum cannot hide a NaN or an infinity.
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
 def kinds(tensor: Tensor) -> frozenset[str]:
     """Which of "nan", "+inf", "-inf" are among the elements; empty for a finite tensor and for anything but dense floats."""
     if not is_number(tensor):
@@ -58,7 +70,7 @@ def kinds(tensor: Tensor) -> frozenset[str]:
     tensor = tensor.detach()
     if tensor.element_size() == 1:  # the 8-bit floats have no comparison kernels
         tensor = tensor.float()
-    if bool(torch.isfinite(tensor).all()):
+    if finite(tensor):
         return frozenset()
     found = {"nan": torch.isnan(tensor), "+inf": tensor == float("inf"), "-inf": tensor == float("-inf")}
     return frozenset(kind for kind, where in found.items() if bool(where.any()))
@@ -76,12 +88,12 @@ def describe(name: str, tensor: Tensor) -> dict[str, Any]:
         return fact
     values = tensor.detach()
     values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32) if tensor.is_floating_point() else values
-    finite = values[torch.isfinite(values)] if tensor.is_floating_point() else values.reshape(-1)
-    fact["nonfinite"] = values.numel() - finite.numel()
+    rest = values[torch.isfinite(values)] if tensor.is_floating_point() else values.reshape(-1)
+    fact["nonfinite"] = values.numel() - rest.numel()
     fact["nan"] = int(torch.isnan(values).sum()) if tensor.is_floating_point() else 0
     fact["zeros"] = int((values == 0).sum())
-    fact["min"], fact["max"] = (float(finite.min()), float(finite.max())) if finite.numel() else (None, None)
-    fact["absmax"] = max(abs(fact["min"]), abs(fact["max"])) if finite.numel() else None
+    fact["min"], fact["max"] = (float(rest.min()), float(rest.max())) if rest.numel() else (None, None)
+    fact["absmax"] = max(abs(fact["min"]), abs(fact["max"])) if rest.numel() else None
     return fact
 
 

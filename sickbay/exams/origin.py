@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sickbay.exams.operand import flat, is_mask_sized, kinds, named_operands
+from sickbay.exams.operand import finite, flat, is_mask_sized, kinds, named_operands
 from sickbay.exams.trace import ModulePath, conditions_of
 from sickbay.patient import ForwardCall, bare, is_user_file, tensors_in
 
@@ -134,20 +134,23 @@ class OriginWatch(TorchDispatchMode):
         return seen
 
     def _judge(self, seen: Seen, node: Any, output: Tensor, operands: list[Tensor], values: list[Tensor], args: Any, kwargs: Any) -> None:
-        key, bad = storage(output), kinds(output)
+        key = storage(output)
         self._makers[key] = seen.index
-        if not bad:
+        if finite(output):
             if output.nbytes >= output.untyped_storage().nbytes():
                 self.origins.pop(key, None)
             return
-        ill = [(tensor, value) for tensor, value in zip(operands, values) if kinds(value)]
-        real = frozenset().union(*(self.origins.get(storage(tensor), frozenset()) for tensor, _ in ill))
-        strange = [value for tensor, value in ill if not self.origins.get(storage(tensor)) and "nan" in kinds(value)]
+        known = [(self.origins.get(storage(tensor)), value) for tensor, value in zip(operands, values)]
+        real = frozenset().union(*(origins for origins, value in known if origins and not finite(value)))
         if real:
             self.origins[key] = real
-        elif strange and storage(strange[0]) != key and storage(strange[0]) not in self._makers:
+            return
+        bad = kinds(output)
+        ill = [value for value in values if not finite(value)]
+        strange = [value for value in ill if "nan" in kinds(value)]
+        if strange and storage(strange[0]) != key and storage(strange[0]) not in self._makers:
             self._begin(Origin("input", "a tensor the model holds", strange[0]), output)
-        elif meant(seen.name.rstrip("_"), bad, [value for _, value in ill], values, args, kwargs):
+        elif meant(seen.name.rstrip("_"), bad, ill, values, args, kwargs):
             self.origins.pop(key, None)
         else:
             forward = self.by_sequence.get(node._sequence_nr()) if node is not None and seen.sequence < 0 else None
@@ -192,8 +195,8 @@ def meant(name: str, bad: frozenset[str], ill: list[Tensor], values: list[Tensor
 
 def is_additive_mask(tensor: Tensor) -> bool:
     """True when the finite entries are zero or negative: such a tensor is added to attention scores."""
-    finite = tensor[torch.isfinite(tensor)]
-    return finite.numel() == 0 or float(finite.max()) <= 0
+    rest = tensor[torch.isfinite(tensor)]
+    return rest.numel() == 0 or float(rest.max()) <= 0
 
 
 def clones_of_written(schema: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
