@@ -82,6 +82,8 @@ def test_optimizer_missing_parameters(kind: str, text: str) -> None:
 def test_parameters_left_out_on_purpose_or_stale() -> None:
     id_ = "optimizer-missing-parameters"
     assert "before the trained part" in found(id_, chart(missing_from_optimizer=[missing("upstream")]), "note").summary
+    adapters = read("missing_from_optimizer", 4, kind="upstream", frozen=12)
+    assert "left trainable" in found(id_, chart(missing_from_optimizer=[adapters]), "critical").summary
     assert "no longer has" in found(id_, chart(stale_in_optimizer=[read("stale_in_optimizer", 2)]), "note").summary
     assert ask(id_, chart(missing_from_optimizer=[missing("skipped", 0), missing("skipped", NAN)])) is None
     assert ask(id_, chart(loss=[1.0])) is None
@@ -103,6 +105,11 @@ def test_optimizer_not_stepped() -> None:
     assert ask(id_, waiting(20, optimizers=1, others=(1, 1))) is None
     assert found(id_, waiting(20, optimizers=2, others=(1, 1), of_this_optimizer=True), "note")
     assert ask(id_, waiting(NAN, optimizers=1)) is None
+    zeroed = [read("dropped_backwards", 1, 0, "Adam", finite_loss=True)] * 9
+    assert "9 backward calls and not one step of Adam" in found(id_, chart(dropped_backwards=zeroed), "critical").summary
+    assert unexamined(id_, chart(dropped_backwards=zeroed[:8]))
+    assert ask(id_, chart(dropped_backwards=zeroed, backwards_since_step=[1])) is None
+    assert ask(id_, chart(dropped_backwards=[read("dropped_backwards", 20, finite_loss=False)])) is None, "skipped on purpose"
     assert ask(id_, chart(loss=[1.0])) is None
 
 

@@ -9,7 +9,8 @@ Why
 
 Tell apart
     missing-gradient: those parameters have no gradient to apply. update-not-applied: the optimizer has them and does not move them.
-    Training only a head leaves everything before it out on purpose; that is noted, and requires_grad_(False) would save its backward.
+    Training only a head leaves everything before it out on purpose: that is noted, unless other parameters are frozen
+    by requires_grad_(False), which says that the unfrozen ones are meant to learn.
 
 Cure
     Register layers with nn.ModuleList / nn.ModuleDict, finish the model before building the optimizer, and pass model.parameters().
@@ -32,11 +33,12 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     """Parameters with gradients and without optimizer, by how they came to be left out; stale ones support it, alone they are a note."""
     missing = [r for r in chart["missing_from_optimizer"] if r.value > 0]
     stale = [r for r in chart["stale_in_optimizer"] if r.value > 0]
-    left_out = [r for r in missing if r.note.get("kind") != "upstream"]
+    # Who freezes some parameters by requires_grad means the others to learn; otherwise a backbone may be left out on purpose.
+    left_out = [r for r in missing if r.note.get("kind") != "upstream" or float(r.note.get("frozen") or 0) > 0]
     group = left_out or missing or stale
     if not group:
         return None
-    first = group[0]
+    first = max(group, key=lambda r: r.value)
     return Diagnosis(
         summary=_summary(first, left_out, missing),
         evidence=tuple(Evidence(r, 0.0) for r in (first, *stale[:1]) if r is first or left_out),
@@ -49,6 +51,7 @@ def diagnose(chart: Chart) -> Diagnosis | None:
 
 
 HOW = {
+    "upstream": "others are frozen with requires_grad, these were left trainable",
     "unregistered": "the model does not know them as its own, as in a plain list of layers",
     "created-later": "they were made after the optimizer was built",
     "skipped": "the model has them and the optimizer was not given them",

@@ -33,26 +33,26 @@ ENDED = Threshold(2, "backward calls", source="at the end of a run no step can f
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
-    """Backward calls, with an optimizer at hand, that no step ever followed."""
+    """Backward calls, with an optimizer at hand, that no step ever followed, whether their gradients piled up or were zeroed."""
     waiting = [r for r in chart["backwards_without_step"].finite() if float(r.note.get("optimizers") or 0) >= 1]
-    if not waiting:
-        return None
     # Beside an optimizer that steps, one that never does may be a leftover of an earlier set-up: it is mentioned, no more.
     others_step = len(chart["backwards_since_step"]) > 0
-    if others_step and not any(r.note.get("of_this_optimizer") for r in waiting):
+    if others_step:
+        waiting = [r for r in waiting if r.note.get("of_this_optimizer")]
+    zeroed = [] if others_step else [r for r in chart["dropped_backwards"].finite() if r.note.get("finite_loss") is not False]
+    if not (waiting or zeroed) or any(float(r.note.get("scaler_skips") or 0) > 0 for r in waiting):
         return None
-    last = waiting[-1]
-    if float(last.note.get("scaler_skips") or 0) > 0:
-        return None
-    ended = chart.facts.get("ended") is not None or "of_this_optimizer" in last.note
-    if last.value < ENDED or (last.value <= RUNNING and not ended):
-        return NotExamined(f"{last.value:.0f} backward calls so far and no step: it may still come")
+    last, first = (waiting or zeroed)[-1], min((*waiting, *zeroed), key=lambda r: r.step)
+    calls = (waiting[-1].value if waiting else 0) + sum(r.value for r in zeroed)
+    ended = chart.facts.get("ended") is not None or any("of_this_optimizer" in r.note for r in waiting)
+    if calls < ENDED or (calls <= RUNNING and not ended):
+        return NotExamined(f"{calls:.0f} backward calls so far and no step: it may still come")
     return Diagnosis(
-        summary=f"{last.value:.0f} backward calls and not one step of {last.where or 'the optimizer'}: "
+        summary=f"{calls:.0f} backward calls and not one step of {last.where or 'the optimizer'}: "
         f"{'other optimizers do step' if others_step else 'the weights are those the run began with'}.",
-        evidence=(Evidence(last, float(ENDED if ended else RUNNING)),),
+        evidence=(Evidence(last, 0.0),),
         severity="note" if others_step else "critical",
-        step=waiting[0].step,
+        step=first.step,
         where=last.where,
         source=last.source,
         seconds=last.seconds,
@@ -72,7 +72,7 @@ condition = Condition(
     id="optimizer-not-stepped",
     symptom="backward runs and the weights never change: optimizer.step() is not called",
     needs=("backwards_without_step",),
-    uses=("backwards_since_step",),
+    uses=("backwards_since_step", "dropped_backwards"),
     diagnose=diagnose,
     prescribes=("call-step",),
     inject=inject,
