@@ -86,9 +86,9 @@ class Exhibit:
         return self.cured.checkup.verdict == "healthy" and self.cured.failure is None
 
 
-def healthy_case(steps: int = HEALTHY_STEPS) -> Case:
+def healthy_case() -> Case:
     """A small healthy transformer on the shipped text."""
-    return Case(config=Config(dim=64, num_layers=3, num_heads=4, context=64), steps=steps, batch_size=12, warmup=20, eval_every=100)
+    return Case(config=Config(dim=64, num_layers=3, num_heads=4, context=64), steps=HEALTHY_STEPS, batch_size=12, warmup=20, eval_every=100)
 
 
 def chosen(id_: str) -> Condition:
@@ -102,9 +102,9 @@ def chosen(id_: str) -> Condition:
     return condition
 
 
-def train_healthy(folder: Path, progress: Progress, steps: int = HEALTHY_STEPS) -> Watched:
+def train_healthy(folder: Path, progress: Progress) -> Watched:
     """The healthy run; `progress(step, steps, loss)` is called once in every step, `loss` in nats."""
-    base = healthy_case(steps)
+    base = healthy_case()
     done = itertools.count(1)
 
     def backward(case: Case, loss: Tensor) -> None:

@@ -42,11 +42,11 @@ def main(args: argparse.Namespace) -> int:
 
     if args.id:
         check_name(args.id)  # before torch is loaded
-    folder = _folder(args.out)
-    stage = Stage(sys.stderr if args.json else sys.stdout)
     from sickbay import demonstration
 
     asked = [demonstration.chosen(id_) for id_ in ([args.id] if args.id else demonstration.TOUR)]
+    folder = _folder(args.out)
+    stage = Stage(sys.stderr if args.json else sys.stdout)
     _be_small()
     began = time.monotonic()
     healthy, shown = None, []
