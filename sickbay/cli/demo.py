@@ -147,7 +147,7 @@ def _healthy(stage: Stage, folder: Path) -> Watched:
 
     def progress(step: int, steps: int, loss: float) -> None:
         text = f"step {step:>3}/{steps}  loss {loss:.3f}"
-        if step == 1 or step % STEPS_BETWEEN_LINES == 0:
+        if step in (1, steps) or step % STEPS_BETWEEN_LINES == 0:
             stage.row("", text)
         elif step % 5 == 0:
             stage.moving(f"  {'':<{LABEL}}{text}")
