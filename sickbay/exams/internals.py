@@ -64,9 +64,9 @@ def _look(call: ForwardCall | None, patient: Patient) -> list[dict[str, Any]]:
         handle.remove()
     seen = attentions(operations)
     readings = [
-        {"signal": "activation_rms", "value": value, "where": name, "note": {"depth": depth, "blocks": len(rms)}}
+        {"signal": "activation_rms", "value": value, "where": name, "source": _line_in(name, operations), "note": note}
         for depth, (name, value) in enumerate(rms)
-        if math.isfinite(value)
+        if math.isfinite(value) and (note := {"depth": depth, "blocks": len(rms)})
     ]
     kinds = [op.name for op in operations if op.name in _NORMALISING]
     counted = {name: kinds.count(name) for name in dict.fromkeys(kinds)}
@@ -76,6 +76,11 @@ def _look(call: ForwardCall | None, patient: Patient) -> list[dict[str, Any]]:
         readings.extend(_attention_readings(attention))
     readings.extend(_dead_units(operations))
     return readings
+
+
+def _line_in(name: str, operations: list[Operation]) -> str:
+    """The user's line of the last operation in the module `name`: where its output is put together."""
+    return next((op.source for op in reversed(operations) if op.module == name and op.source), "")
 
 
 def _forward(call: ForwardCall) -> list[Operation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.core.record import RecordWriter
-from sickbay.patient import Patient
+from sickbay.patient import Patient, user_line
 from sickbay.probes.loop import Loop
 
 SIGNALS = ("loss", "grad_norm", "param_grad_norm", "clip_norm", "clip_on_scaled", "learning_rate", "nonfinite_step")
@@ -24,14 +25,20 @@ class Gradients:
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record, self.loop = patient, record, loop
         self._losses: list[float] = []
+        self._loss_line = ""
+        self._made_at: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._pending: list[Tensor] = []
         self._shrink = 1.0
         self._names: dict[int, tuple[str, ...]] = {}
         self.nonfinite_seen = False
 
+    def optimizer_created(self, optimizer: Any) -> None:
+        self._made_at[optimizer] = user_line(4)
+
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         if loss is None or loss.numel() != 1:
             return
+        self._loss_line = user_line(4)
         if loss.device.type == "cpu":
             self._losses.append(loss.item() / self.patient.scale)
         else:
@@ -40,7 +47,7 @@ class Gradients:
     def clip(self, total: Any, max_norm: float, parameters: list[Tensor]) -> None:
         norm = float(total) if not isinstance(total, Tensor) or total.device.type == "cpu" else math.nan
         if self.patient.scale != 1.0:
-            self.record.read("clip_on_scaled", self.patient.scale, note={"max_norm": max_norm, "norm": norm})
+            self.record.read("clip_on_scaled", self.patient.scale, note={"max_norm": max_norm, "norm": norm}, source=user_line(4))
             norm /= self.patient.scale
         if math.isfinite(norm) and max_norm > 0:
             self.record.read("clip_norm", norm, note={"max_norm": max_norm})
@@ -51,7 +58,7 @@ class Gradients:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group and not isinstance(group["lr"], Tensor)]
         if rates:
-            self.record.read("learning_rate", max(rates))
+            self.record.read("learning_rate", max(rates), source=self._made_at.get(optimizer, ""))
         dense = [p for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
         norms = norms_of([p.grad for p in dense if p.grad is not None], self._pending)
         norms, late_losses = norms[: len(dense)], norms[len(dense) :]
@@ -61,7 +68,7 @@ class Gradients:
         if norms:
             shown = [norm / self._shrink for norm in norms]
             total = math.sqrt(sum(norm * norm for norm in shown)) if all(map(math.isfinite, shown)) else math.nan
-            self.record.read("grad_norm", total)
+            self.record.read("grad_norm", total, source=self._loss_line)
             self.record.table("param_grad_norm", self._names_of(optimizer, dense), shown)
             if not math.isfinite(total):
                 self.loop.emit("nonfinite", "gradient", None)
@@ -72,7 +79,7 @@ class Gradients:
 
     def round_end(self, step: int) -> None:
         if self._losses:
-            self.record.read("loss", sum(self._losses))
+            self.record.read("loss", sum(self._losses), source=self._loss_line)
             self._losses.clear()
         self._shrink = 1.0
 
@@ -124,6 +131,6 @@ def clean(name: str) -> str:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on every step's loss and gradient norms are written."""
     probe = Gradients(patient, record, loop)
-    for event in ("backward_begin", "clip", "step_begin", "step_end", "round_end"):
+    for event in ("optimizer_created", "backward_begin", "clip", "step_begin", "step_end", "round_end"):
         loop.on(event, probe, getattr(probe, event))
     return lambda: None

@@ -38,6 +38,8 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     empty = next((r for r in chart["first_nonfinite"] if _over_no_key(r.note)), None)
     seen = chart["past_blocked"].finite()
     over = Series(r for r in seen if r.value > LIMIT and (r.note.get("nearest_blocked") or r.value > ALL))
+    # A mask does not change: what was seen once and is hidden later is attention that has saturated.
+    over = over if over and over[0].step == seen[0].step else Series(())
     worst = empty or over.worst()
     if worst is None:
         return (
