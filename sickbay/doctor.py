@@ -44,39 +44,58 @@ class Watch:
         self.record.fact("watched", False)
 
     def attach(self) -> None:
-        """Hook torch, which must be imported. A probe that cannot attach is named in the report; the others go on."""
-        from sickbay.patient import Patient
-        from sickbay.probes.loop import Loop
+        """Hook torch, which must be imported. Never raises: what cannot attach is named in the report, and the others go on."""
+        try:
+            from sickbay.patient import Patient
+            from sickbay.probes.loop import Loop
 
-        self._patient = Patient()
-        self._loop = Loop(self._patient, self.record)
-        self._began = time.monotonic()
-        self._loop.attach()
-        self._detach.append(self._loop.detach)
+            self._patient = Patient()
+            self._loop = Loop(self._patient, self.record)
+            self._began = time.monotonic()
+            self._detach.append(self._loop.detach)
+            self._loop.attach()
+        except Exception as problem:
+            self._take_off()
+            self._loop = None
+            self._say("attach", problem)
+            return
         for name in PROBES:
             self._attach_one(f"sickbay.probes.{name}", lambda module: module.attach(self._patient, self.record, self._loop))
         self._attach_one("sickbay.examiner", lambda module: module.attach(self._patient, self.record, self._loop, self.settings.out))
-        self.record.fact("watched", True)
-        self._note_machine()
-        self.record.flush()
+        try:
+            self.record.fact("watched", True)
+            self._note_machine()
+            self.record.flush()
+        except Exception as problem:
+            self._loop.note_problem("watch", "attach", problem)
 
     def _attach_one(self, module_name: str, attach: Callable[[Any], Callable[[], None]]) -> None:
         try:
             self._detach.append(attach(importlib.import_module(module_name)))
         except Exception as problem:
-            self._loop.problems.append({"probe": module_name.rsplit(".", 1)[-1], "event": "attach", "step": 0, "error": f"{type(problem).__name__}: {problem}"})
-            self.record.fact("problems", self._loop.problems)
+            self._loop.note_problem(module_name.rsplit(".", 1)[-1], "attach", problem)
+
+    def _say(self, event: str, problem: BaseException) -> None:
+        """`problem` of the watch itself is in the report beside those of the loop."""
+        before = self._loop.problems if self._loop is not None else []
+        own = {"probe": "watch", "event": event, "step": self.record.step, "error": f"{type(problem).__name__}: {problem}"[:300]}
+        with contextlib.suppress(Exception):
+            self.record.fact("problems", [*before, own])
 
     def _note_machine(self) -> None:
         torch = sys.modules["torch"]
         self.record.fact("torch", torch.__version__)
-        self.record.fact("device", "cuda" if torch.cuda.is_available() else "cpu")
-        self.record.fact("world_size", int(os.environ.get("WORLD_SIZE") or 1))
+        # Asking whether CUDA is available would start it, before the script has chosen its devices.
+        self.record.fact("device", "cuda" if torch.cuda.is_initialized() else "cpu")
+        self.record.fact("world_size", _number("WORLD_SIZE", 1))
 
     def given(self, model: nn.Module | None, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Make known what the user handed over."""
+        if self._loop is None:
+            return
         if model is not None:
-            self._patient.roots.add(model)
+            with self._loop.sheltered("given"):
+                self._patient.roots.add(model)
         for optimizer in optimizers:
             self._loop.emit("optimizer_created", optimizer)
 
@@ -94,14 +113,17 @@ class Watch:
                 self.record.fact("overhead", self._overhead())
                 self.record.fact("problems", self._loop.problems)
         except Exception as problem:
-            self.record.fact("problems", [{"probe": "watch", "event": "finish", "step": steps, "error": repr(problem)[:300]}])
+            self._say("finish", problem)
         finally:
             self._take_off()
-            self.record.fact("steps", steps)
-            self.record.fact("ended_inside", ended)
-            if self.record.stopped:
-                self.record.fact("recording", self.record.stopped)
-            self.record.close()
+            with contextlib.suppress(Exception):
+                self._note_machine()
+            for key, value in (("steps", steps), ("ended_inside", ended), ("recording", self.record.stopped)):
+                with contextlib.suppress(Exception):
+                    if value != "":
+                        self.record.fact(key, value)
+            with contextlib.suppress(Exception):
+                self.record.close()
 
     def _take_off(self) -> None:
         while self._detach:
@@ -111,7 +133,11 @@ class Watch:
     def _overhead(self) -> dict[str, Any]:
         elapsed = max(time.monotonic() - self._began, 1e-9)
         share = self._loop.seconds / elapsed
-        return {"share_of_step_time": round(share, 4), "seconds": round(self._loop.seconds, 3), "how": "time inside sickbay's own hooks and exams over the time since torch was imported"}
+        return {
+            "share_of_step_time": round(share, 4),
+            "seconds": round(self._loop.seconds, 3),
+            "how": "time inside sickbay's own hooks and exams over the time since torch was imported",
+        }
 
     def chart(self) -> Chart:
         """Everything recorded so far; after the end, what the folder holds."""
@@ -179,7 +205,7 @@ def watch(
     folder = Path(out) if out is not None else Path("sickbay-runs") / time.strftime("%Y%m%d-%H%M%S")
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    doctor = Watch(Settings(out=str(folder), select=tuple(select), ignore=tuple(ignore)), int(os.environ.get("RANK") or 0))
+    doctor = Watch(Settings(out=str(folder), select=tuple(select), ignore=tuple(ignore)), _number("RANK", 0))
     if not switched_off():
         doctor.attach()
         doctor.given(model, [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer])
@@ -191,11 +217,18 @@ def watch(
         failure = problem
         raise
     finally:
-        doctor.record.fact("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)))
-        doctor.record.fact("seconds", round(time.time() - started, 3))
-        doctor.record.fact("ended", "finished" if failure is None else "failed")
+        with contextlib.suppress(Exception):
+            doctor.record.fact("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)))
+            doctor.record.fact("seconds", round(time.time() - started, 3))
+            doctor.record.fact("ended", "finished" if failure is None else "failed")
         doctor.finish("finished" if failure is None else "failed", failure)
         _write(doctor, folder)
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """The environment's `variable`, `otherwise` where it is not a number."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else otherwise
 
 
 def _write(doctor: Watch, folder: Path) -> None:

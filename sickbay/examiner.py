@@ -63,6 +63,7 @@ class Examiner:
         self._began = time.monotonic()
         self._spent = 0.0
         self._traces = 0
+        self._hung = False
         self._traced_step = -1
         self._stepped_nonfinite = False
 
@@ -137,13 +138,19 @@ class Examiner:
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """`question()`'s answer with the probes silent; its time is counted against the budget."""
+        if self._hung:
+            return NoAnswer("a question asked earlier gave no answer in time, so none is asked any more")
         began = time.monotonic()
         losses, calls = self.patient.losses, self.patient.calls
         self.patient.losses, self.patient.calls = list(losses), list(calls)
         self.patient.muted = True
         try:
-            return question()
+            with torch._C._EnableTorchFunction():  # the loop tells its events with the script's modes off
+                answer = question()
+            self._hung = isinstance(answer, NoAnswer) and answer.hung
+            return answer
         except Exception as problem:
+            self.loop.note_problem("examiner", "question", problem)
             return NoAnswer(f"the question failed: {type(problem).__name__}: {problem}"[:300])
         finally:
             self.patient.muted = False

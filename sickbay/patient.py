@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 _OWN_FOLDER = __file__.rsplit("/", 1)[0] + "/"
 _LIBRARY_MARKS = ("/site-packages/", "/dist-packages/", "/lib/python3", "<frozen ", "<string>", "/importlib/")
+_MAX_CALLS = 32  # forwards kept until a backward uses them
+_MAX_LOSSES = 256
+_MAX_GRAPHS = 2  # losses whose graphs are kept alive until then
 
 
 @dataclass
@@ -40,7 +43,8 @@ class ForwardCall:
 class LossCall:
     """One call of a loss function: `logits` as given, `targets` as given; `name` is the functional's name.
 
-    Once `spent` (its backward has run) `logits` is a meta tensor: shape and dtype only.
+    Once `spent` (its backward has run), or let go of, `logits` is a meta tensor: shape and dtype only.
+    `evaluating`: the module called last was in evaluation mode.
     """
 
     name: str
@@ -53,6 +57,11 @@ class LossCall:
     grad_enabled: bool
     smoothing: float = 0.0
     spent: bool = False
+    evaluating: bool = False
+
+    def let_go(self) -> None:
+        """Nothing of the graph is held any more: `logits` is a meta tensor, `value` has no history."""
+        self.logits, self.value = torch.empty_like(self.logits, device="meta"), self.value.detach()
 
 
 class Patient:
@@ -87,6 +96,29 @@ class Patient:
         """The finished forwards with gradient since the last backward."""
         return [call for call in self.calls if call.grad_enabled and call.finished]
 
+    def admit(self, call: ForwardCall) -> None:
+        """`call` is the newest. What an evaluation leaves behind, with or without no_grad, keeps no batch and no graph alive."""
+        self.roots.add(call.module)
+        if not call.grad_enabled:
+            return
+        if call.training:
+            for loss in self.losses:
+                if loss.evaluating:
+                    loss.let_go()
+        else:
+            self.calls = [known for known in self.calls if known.training or known.module is not call.module]
+        self.calls.append(call)
+        del self.calls[:-_MAX_CALLS]
+
+    def add_loss(self, call: LossCall) -> None:
+        """`call` is the newest; of those that no backward has used yet only the newest few hold on to their graphs."""
+        call.evaluating = bool(self.calls) and not self.calls[-1].training
+        self.losses.append(call)
+        del self.losses[:-_MAX_LOSSES]
+        waiting = [known for known in self.losses if known.grad_enabled and not known.spent]
+        for known in waiting[: -1 if call.evaluating else -_MAX_GRAPHS]:
+            known.let_go()
+
     def spend(self) -> None:
         """After a backward: keep the newest forward and loss for replay, and let go of everything that holds activations."""
         self.calls = [call for call in self.calls if call.grad_enabled][-1:]
@@ -95,7 +127,8 @@ class Patient:
             call.spent = True
         for loss in self.losses:
             if not loss.spent:
-                loss.logits, loss.value, loss.spent = torch.empty_like(loss.logits, device="meta"), loss.value.detach(), True
+                loss.let_go()
+                loss.spent = True
 
     def forget_step(self) -> None:
         """Drop every reference to this step's tensors."""

@@ -5,29 +5,33 @@ Events, in the order a plain loop causes them:
     unscaled()  clip(norm, max_norm, parameters)  step_begin(optimizer)  step_end(optimizer)  scaler(scale, skipped)  round_end(step)
     functional(rerun)  optimizer_created(optimizer)
 
-Only outermost module calls are seen: one global pre-hook is present between them and absent inside, so that inner
-modules, compiled code and pickled models never meet it. `kind` is "backward", "grad" (torch.autograd.grad) or "func".
+Only outermost module calls are seen (outermost.py). `kind` is "backward", "grad" (torch.autograd.grad) or "func".
+Whatever goes wrong in here is named in the report and reaches no script; only ctrl-C and the like pass through.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import sys
+import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from types import GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_internals
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim import optimizer as optimizer_internals
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sickbay.core.record import RecordWriter
-from sickbay.patient import ForwardCall, Patient, tensors_in, user_line
+from sickbay.patient import ForwardCall, Patient, tensors_in
+from sickbay.probes.outermost import Outermost, hook_id
+from sickbay.probes.unseen import unseen
 
-_HOOK_ID = -0x51C6  # torch counts its own hook ids upwards from 0
+_MAX_PROBLEMS = 32
 
 
 class Loop:
@@ -39,12 +43,12 @@ class Loop:
         self.rounds = 0
         self._listeners: dict[str, list[tuple[Any, Callable[..., None]]]] = {}
         self._undo: list[Callable[[], None]] = []
-        self._thread = threading.get_ident()
+        self._thread, self._process = threading.get_ident(), os.getpid()
         self._backward_depth = 0
         self._round: list[int] = []
         self._last_round: list[int] = []
-        self._post_hook: Any = None
-        self._watch_modules = True
+        self._outermost = Outermost(self.awake, self._forward_begins, self._forward_ends, self.failed)
+        self._failed_before: set[tuple[str, str]] = set()
         self.problems: list[dict[str, Any]] = []
 
     # --- events ---------------------------------------------------------------------------------------------------
@@ -53,32 +57,67 @@ class Loop:
         self._listeners.setdefault(event, []).append((probe, listener))
 
     def emit(self, event: str, *args: Any) -> None:
-        """Tell all listeners; never raises."""
+        """Tell all listeners; never raises. A mode that the script has switched on sees nothing of what they compute."""
         began = time.perf_counter()
-        for probe, listener in tuple(self._listeners.get(event, ())):
+        listeners = tuple(self._listeners.get(event, ()))
+        if listeners and (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()):
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                self._tell(event, listeners, args)
+        else:
+            self._tell(event, listeners, args)
+        self.seconds += time.perf_counter() - began
+
+    def _tell(self, event: str, listeners: tuple[tuple[Any, Callable[..., None]], ...], args: tuple[Any, ...]) -> None:
+        for probe, listener in listeners:
             try:
                 listener(*args)
             except Exception as problem:
-                self._drop(probe, event, problem)
-        self.seconds += time.perf_counter() - began
+                self.drop(probe, event, problem)
 
-    def _drop(self, probe: Any, event: str, problem: Exception) -> None:
+    @contextlib.contextmanager
+    def sheltered(self, event: str) -> Iterator[None]:
+        """An exception inside is named in the report and goes no further."""
+        try:
+            yield
+        except Exception as problem:
+            self.failed(event, problem)
+
+    def failed(self, event: str, problem: Exception) -> None:
+        """Something of the loop's own went wrong at `event`; it goes on."""
+        self.drop(self, event, problem)
+
+    def drop(self, probe: Any, event: str, problem: Exception) -> None:
+        """`probe` listens no more, and the report says why. Never raises."""
         name = getattr(probe, "__name__", type(probe).__name__).rsplit(".", 1)[-1]
         for listeners in self._listeners.values():
             listeners[:] = [(owner, listener) for owner, listener in listeners if owner is not probe]
-        where = traceback.extract_tb(problem.__traceback__)[-1]
-        text = f"{type(problem).__name__}: {problem} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
-        self.problems.append({"probe": name, "event": event, "step": self.record.step, "error": text[:300]})
-        try:
-            self.record.fact("problems", self.problems)
-            for signal in getattr(probe, "SIGNALS", ()):
+        text = self.note_problem(name, event, problem)
+        for signal in getattr(probe, "SIGNALS", ()):
+            with contextlib.suppress(Exception):
                 self.record.unobserved(signal, f"the {name} probe failed at step {self.record.step}: {text[:120]}")
-        except Exception:
-            pass
+
+    def note_problem(self, name: str, event: str, problem: Exception) -> str:
+        """`problem` is among the report's problems, once for each `name` and `event`; the text that describes it. Never raises."""
+        text = type(problem).__name__
+        with contextlib.suppress(Exception):
+            where = traceback.extract_tb(problem.__traceback__)[-1]
+            text = f"{text}: {problem} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+        if (name, event) not in self._failed_before and len(self.problems) < _MAX_PROBLEMS:
+            self._failed_before.add((name, event))
+            self.problems.append({"probe": name, "event": event, "step": self.record.step, "error": text[:300]})
+            with contextlib.suppress(Exception):
+                self.record.fact("problems", self.problems)
+        return text
 
     def awake(self) -> bool:
         """True when the caller is the training thread of the watched process, outside compiled code and exams."""
-        return not self.patient.muted and not torch.compiler.is_compiling() and threading.get_ident() == self._thread
+        return (
+            not self.patient.muted
+            and not torch.compiler.is_compiling()
+            and threading.get_ident() == self._thread
+            and os.getpid() == self._process  # a forked data loader or worker has a thread of the same number
+            and bool(self._undo)
+        )
 
     # --- attaching ------------------------------------------------------------------------------------------------
     def attach(self) -> None:
@@ -97,21 +136,20 @@ class Loop:
         self._replace(scaler, "unscale_", self._around_unscale)
         self._replace(scaler, "step", self._around_scaler_step)
         self._replace(scaler, "update", self._around_scaler_update)
-        handles = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-        ]
-        self._undo.extend(handle.remove for handle in handles)
-        self._modules_on()
-        self._undo.append(self._modules_off)
+        number = hook_id()
+        for hooks, hook in (
+            (optimizer_internals._global_optimizer_pre_hooks, self._before_step),
+            (optimizer_internals._global_optimizer_post_hooks, self._after_step),
+        ):
+            hooks[number] = hook
+            self._undo.append(functools.partial(_remove, hooks, number))
+        self._outermost.on()
+        self._undo.append(self._outermost.stop)
 
     def detach(self) -> None:
         """Everything is as before `attach`."""
         while self._undo:
             self._undo.pop()()
-        if self._post_hook is not None:
-            self._post_hook.remove()
-            self._post_hook = None
 
     def _replace(self, owner: Any, name: str, around: Callable[[Any], Any]) -> None:
         original = owner.__dict__[name]
@@ -125,92 +163,63 @@ class Loop:
         self._undo.append(restore)
 
     # --- outermost module calls -------------------------------------------------------------------------------------
-    def _modules_on(self) -> None:
-        if self._watch_modules:
-            module_internals._global_forward_pre_hooks[_HOOK_ID] = self._outermost_begins
+    def _forward_begins(self, call: ForwardCall) -> None:
+        self.patient.admit(call)
+        self.emit("forward_begin", call)
 
-    def _modules_off(self) -> None:
-        module_internals._global_forward_pre_hooks.pop(_HOOK_ID, None)
-
-    def _outermost_begins(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        try:
-            if not self.awake() or torch._C._get_tracing_state() or not has_parameters(module):
-                return
-            self._modules_off()
-            frame_locals = sys._getframe(1).f_locals
-            call = ForwardCall(
-                module=module,
-                args=args,
-                kwargs=dict(frame_locals.get("kwargs") or {}),
-                grad_enabled=torch.is_grad_enabled(),
-                training=module.training,
-                rng=torch.get_rng_state(),
-                source=user_line(3),
-                autocast=_autocast_now(),
-            )
-            if self._post_hook is not None:
-                self._post_hook.remove()
-            self._post_hook = module.register_forward_hook(functools.partial(self._outermost_ends, call), always_call=True)
-            self.patient.roots.add(module)
-            self.patient.calls.append(call)
-            if len(self.patient.calls) > 512:
-                del self.patient.calls[:256]
-            self.emit("forward_begin", call)
-        except Exception as problem:
-            self._drop(self, "forward_begin", problem)
-
-    def _outermost_ends(self, call: ForwardCall, module: nn.Module, args: Any, output: Any) -> None:
-        try:
-            if output is not None:
-                # Torch walks the hooks of a failed call without a copy: removing one then would hide the user's own error.
-                self._post_hook.remove()
-                self._post_hook = None
-                call.finished = True
-                call.output_shapes = [tuple(tensor.shape) for _, tensor in tensors_in(output)]
-                self.emit("forward_end", call, output)
-            self._modules_on()
-        except Exception as problem:
-            self._drop(self, "forward_end", problem)
+    def _forward_ends(self, call: ForwardCall, output: Any) -> None:
+        call.finished = True
+        call.output_shapes = [tuple(tensor.shape) for _, tensor in tensors_in(output)]
+        self.emit("forward_end", call, output)
 
     # --- gradients --------------------------------------------------------------------------------------------------
     def _around_backward(self, original: Any) -> Any:
+        @unseen
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
             if self._backward_depth or not self.awake():
                 return original(tensors, *args, **kwargs)
-            loss = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
-            return self._during("backward", loss, original, tensors, *args, **kwargs)
+            if isinstance(tensors, Iterator):
+                tensors = tuple(tensors)
+            return self._during("backward", _first(tensors), original, tensors, *args, **kwargs)
 
         return backward
 
     def _around_grad(self, original: Any) -> Any:
+        @unseen
         def grad(outputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._backward_depth or not self.awake() or kwargs.get("create_graph"):
                 return original(outputs, *args, **kwargs)
-            loss = outputs if isinstance(outputs, Tensor) else next(iter(outputs), None)
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or torch._C._functorch.is_functorch_wrapped_tensor(loss):
+            loss = _first(outputs)
+            if loss is None or loss.numel() != 1 or torch._C._functorch.is_functorch_wrapped_tensor(loss):
                 return original(outputs, *args, **kwargs)
             return self._during("grad", loss, original, outputs, *args, **kwargs)
 
         return grad
 
+    @unseen
     def _during(self, kind: str, loss: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         self.emit("backward_begin", loss, kind)
+        outermost = self._outermost.present
         self._backward_depth += 1
-        self._modules_off()
+        self._outermost.off()
         try:
             return original(*args, **kwargs)
         finally:
             self._backward_depth -= 1
-            self._modules_on()
+            if outermost or not self._outermost.inside:
+                self._outermost.on()
             self.patient.finished_backwards += 1
             self.emit("backward_end", loss, kind)
-            self.patient.spend()
+            with self.sheltered("backward_end"):
+                self.patient.spend()
 
     def _around_func(self, original: Any) -> Any:
+        @unseen
         def transform(func: Any, *outer: Any, **options: Any) -> Any:
             transformed = original(func, *outer, **options)
 
             @functools.wraps(transformed)
+            @unseen
             def call(*args: Any, **kwargs: Any) -> Any:
                 if not self.awake() or any(torch._C._functorch.is_functorch_wrapped_tensor(t) for _, t in tensors_in((args, kwargs))):
                     return transformed(*args, **kwargs)
@@ -224,18 +233,27 @@ class Loop:
         return transform
 
     def _around_clip(self, original: Any) -> Any:
+        @unseen
         def clip_grad_norm_(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
             if not self.awake():
                 return original(parameters, max_norm, *args, **kwargs)
-            given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-            total = original(given, max_norm, *args, **kwargs)
-            self.emit("clip", total, float(max_norm), given)
+            given: list[Any] = []
+            if isinstance(parameters, GeneratorType):  # torch treats a generator in its own way, and warns when it is empty
+                total = original(_noting(parameters, given), max_norm, *args, **kwargs)
+            else:
+                parameters = list(parameters) if isinstance(parameters, Iterator) else parameters
+                total = original(parameters, max_norm, *args, **kwargs)
+                with self.sheltered("clip"):
+                    given.extend([parameters] if isinstance(parameters, Tensor) else parameters)
+            with self.sheltered("clip"):
+                self.emit("clip", total, float(max_norm), given)
             return total
 
         return clip_grad_norm_
 
     # --- optimizers, loss scaling, compilation ------------------------------------------------------------------------
     def _around_optimizer_init(self, original: Any) -> Any:
+        @unseen
         def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             original(optimizer, *args, **kwargs)
             if self.awake():
@@ -244,19 +262,22 @@ class Loop:
         return __init__
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.awake():
+        if not self.awake():
+            return
+        with self.sheltered("step_begin"):
+            self._outermost.on()  # ctrl-C may have cut a forward short, and the script gone on
             if id(optimizer) in self._round:
                 # Another optimizer has taken over: what is known of this step's forward belongs to the step that begins.
                 self._end_round(forget=False)
             # A closure makes the gradients inside step(): they can only be read afterwards.
-            closure = kwargs.get("closure") or next((a for a in args if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
-            if closure is None:
+            if _closure(args, kwargs) is None:
                 self.emit("step_begin", optimizer, False)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.awake():
-            closure = kwargs.get("closure") or next((a for a in args if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
-            if closure is not None:
+        if not self.awake():
+            return
+        with self.sheltered("step_end"):
+            if _closure(args, kwargs) is not None:
                 self.emit("step_begin", optimizer, True)
             self.emit("step_end", optimizer)
             self._round.append(id(optimizer))
@@ -282,15 +303,18 @@ class Loop:
         self.seconds += time.perf_counter() - began
 
     def _around_scale(self, original: Any) -> Any:
+        @unseen
         def scale(scaler: Any, outputs: Any) -> Any:
             result = original(scaler, outputs)
             if self.awake() and scaler.is_enabled():
-                self.patient.scale = float(scaler.get_scale())
+                with self.sheltered("scale"):
+                    self.patient.scale = float(scaler.get_scale())
             return result
 
         return scale
 
     def _around_unscale(self, original: Any) -> Any:
+        @unseen
         def unscale_(scaler: Any, optimizer: Any) -> Any:
             result = original(scaler, optimizer)
             if self.awake():
@@ -301,19 +325,23 @@ class Loop:
         return unscale_
 
     def _around_scaler_step(self, original: Any) -> Any:
+        @unseen
         def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.awake() or not scaler.is_enabled():
                 return original(scaler, optimizer, *args, **kwargs)
             before = self.rounds, len(self._round)
             result = original(scaler, optimizer, *args, **kwargs)
-            self.emit("scaler", float(scaler.get_scale()), before == (self.rounds, len(self._round)))
-            if before == (self.rounds, len(self._round)):
-                self.end_step()
+            with self.sheltered("scaler"):
+                skipped = before == (self.rounds, len(self._round))
+                self.emit("scaler", float(scaler.get_scale()), skipped)
+                if skipped:
+                    self.end_step()
             return result
 
         return step
 
     def _around_scaler_update(self, original: Any) -> Any:
+        @unseen
         def update(scaler: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(scaler, *args, **kwargs)
             self.patient.scale = 1.0
@@ -322,6 +350,7 @@ class Loop:
         return update
 
     def _around_compile(self, original: Any) -> Any:
+        @unseen
         def compile_(model: Any = None, *args: Any, **kwargs: Any) -> Any:
             target = getattr(model, "__self__", model)
             if model is not None and not isinstance(target, nn.Module):
@@ -332,6 +361,7 @@ class Loop:
         return compile_
 
     def _around_module_compile(self, original: Any) -> Any:
+        @unseen
         def compile_(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self.patient.compiled = True
             self._stop_watching_modules("a module was compiled in place: its calls are not seen")
@@ -340,19 +370,29 @@ class Loop:
         return compile_
 
     def _stop_watching_modules(self, reason: str) -> None:
-        self._watch_modules = False
-        self._modules_off()
-        for signal in ("training_mode", "evaluation_mode", "batch_repeat", "future_influence", "past_blocked"):
-            self.record.unobserved(signal, reason)
+        with self.sheltered("compile"):
+            self._outermost.stop()
+            for signal in ("training_mode", "evaluation_mode", "batch_repeat", "future_influence", "past_blocked"):
+                self.record.unobserved(signal, reason)
 
 
-def has_parameters(module: nn.Module) -> bool:
-    """True if `module` or a part of it has a parameter."""
-    return next(module.parameters(), None) is not None
+def _remove(hooks: dict[int, Any], number: int) -> None:
+    hooks.pop(number, None)
 
 
-def _autocast_now() -> tuple[str, torch.dtype] | None:
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            return device, torch.get_autocast_dtype(device)
-    return None
+def _first(tensors: Any) -> Tensor | None:
+    """The tensor that a backward begins with; None if it is something else."""
+    first = tensors[0] if isinstance(tensors, (tuple, list)) and tensors else tensors
+    return first if isinstance(first, Tensor) else None
+
+
+def _noting(parameters: Generator[Any, Any, Any], given: list[Any]) -> Iterator[Any]:
+    """A generator of the same, which leaves in `given` what it gave."""
+    for parameter in parameters:
+        given.append(parameter)
+        yield parameter
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The closure that an optimizer's step was given, or None."""
+    return kwargs.get("closure") or next((a for a in args if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sickbay.core.record import RecordWriter
 from sickbay.patient import LossCall, Patient, user_line
 from sickbay.probes.loop import Loop
+from sickbay.probes.unseen import interpose, unseen
 
 SIGNALS = ("eval_loss", "chance_loss", "ignored_targets")
 
@@ -45,7 +46,7 @@ class Losses:
         self._chance_known = False
 
     def around(self, name: str, original: Any) -> Any:
-        @functools.wraps(original)
+        @unseen
         def loss_function(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or self._depth:
                 return original(*args, **kwargs)
@@ -58,7 +59,7 @@ class Losses:
                 try:
                     self._capture(name, value, args, kwargs)
                 except Exception as problem:
-                    self.loop._drop(self, "loss", problem)
+                    self.loop.drop(self, "loss", problem)
             return value
 
         return loss_function
@@ -81,9 +82,7 @@ class Losses:
             grad_enabled=torch.is_grad_enabled(),
             smoothing=float(kwargs.get("label_smoothing", 0.0)),
         )
-        self.patient.losses.append(call)
-        if len(self.patient.losses) > 256:
-            del self.patient.losses[:128]
+        self.patient.add_loss(call)
         if self.patient.muted:
             return
         if call.grad_enabled:
@@ -132,16 +131,12 @@ def write_ignored(record: RecordWriter, call: LossCall) -> None:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on every call of a torch loss function is captured; the returned function undoes it."""
     probe = Losses(patient, record, loop)
-    originals = {name: getattr(F, name) for name in _FUNCTIONS}
-    wrapped = {name: probe.around(name, original) for name, original in originals.items()}
-    for name, replacement in wrapped.items():
-        setattr(F, name, replacement)
+    undo = [interpose(getattr(F, name), functools.partial(probe.around, name)) for name in _FUNCTIONS]
     loop.on("backward_begin", probe, probe.backward_begin)
     loop.on("round_end", probe, probe.round_end)
 
     def detach() -> None:
-        for name, original in originals.items():
-            if getattr(F, name) is wrapped[name]:
-                setattr(F, name, original)
+        while undo:
+            undo.pop()()
 
     return detach
