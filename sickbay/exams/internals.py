@@ -63,10 +63,16 @@ def _look(call: ForwardCall | None, patient: Patient) -> list[dict[str, Any]]:
         operations = _forward(call)
         handle.remove()
     seen = attentions(operations)
-    readings = [
-        {"signal": "activation_rms", "value": value, "where": name, "source": _line_in(name, operations), "note": note}
+    readings: list[dict[str, Any]] = [
+        {
+            "signal": "activation_rms",
+            "value": value,
+            "where": name,
+            "source": _line_in(name, operations),
+            "note": {"depth": depth, "blocks": len(rms)},
+        }
         for depth, (name, value) in enumerate(rms)
-        if math.isfinite(value) and (note := {"depth": depth, "blocks": len(rms)})
+        if math.isfinite(value)
     ]
     kinds = [op.name for op in operations if op.name in _NORMALISING]
     counted = {name: kinds.count(name) for name in dict.fromkeys(kinds)}

@@ -110,11 +110,11 @@ def _flat(value: Any) -> list[Any]:
 
 
 def _checkpointing(module: nn.Module, call: ForwardCall) -> str:
-    """ "checkpoint" when a re-entrant activation checkpoint gets inputs without gradient: everything in it is then cut off."""
+    """The word "checkpoint" when a re-entrant activation checkpoint gets inputs without gradient: everything in it is then cut off."""
     from torch.utils.checkpoint import CheckpointFunction
 
     seen: list[bool] = []
-    original = CheckpointFunction.apply
+    original: Any = CheckpointFunction.apply
 
     def apply(function: Any, preserve: Any, *args: Any) -> Any:
         seen.append(not any(isinstance(a, Tensor) and a.requires_grad for a in args))

@@ -81,7 +81,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, path: ModulePath, intercept: Intercept | None = None, keep: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self._path, self._intercept, self._keep = path, intercept, keep
         self._count = 0
