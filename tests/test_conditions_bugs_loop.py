@@ -98,12 +98,13 @@ def test_optimizer_not_stepped() -> None:
     assert "9 backward calls" in found(id_, waiting(9, optimizers=1, scaler_skips=0), "critical").summary
     assert "may still come" in unexamined(id_, waiting(8, optimizers=1, scaler_skips=0))
     assert found(id_, waiting(2, {"ended": "finished"}, optimizers=1), "critical")
-    assert found(id_, waiting(2, optimizers=1, of_this_optimizer=True), "critical")
+    assert found(id_, waiting(2, {"ended_inside": "finished"}, optimizers=1), "critical")
     assert unexamined(id_, waiting(1, {"ended": "finished"}, optimizers=1))
     assert ask(id_, waiting(20, optimizers=0)) is None
     assert ask(id_, waiting(20, optimizers=1, scaler_skips=20)) is None
-    assert ask(id_, waiting(20, optimizers=1, others=(1, 1))) is None
-    assert found(id_, waiting(20, optimizers=2, others=(1, 1), of_this_optimizer=True), "note")
+    assert found(id_, waiting(20, optimizers=2, others=(1, 1)), "note")
+    nobody = [read("backwards_without_step", 20, optimizers=1)]
+    assert ask(id_, chart(backwards_without_step=nobody, backwards_since_step=[1, 1])) is None, "no optimizer of its own"
     assert ask(id_, waiting(NAN, optimizers=1)) is None
     zeroed = [read("dropped_backwards", 1, 0, "Adam", finite_loss=True)] * 9
     assert "9 backward calls and not one step of Adam" in found(id_, chart(dropped_backwards=zeroed), "critical").summary

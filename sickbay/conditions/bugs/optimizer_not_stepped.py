@@ -38,13 +38,13 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     # Beside an optimizer that steps, one that never does may be a leftover of an earlier set-up: it is mentioned, no more.
     others_step = len(chart["backwards_since_step"]) > 0
     if others_step:
-        waiting = [r for r in waiting if r.note.get("of_this_optimizer")]
+        waiting = [r for r in waiting if r.where]
     zeroed = [] if others_step else [r for r in chart["dropped_backwards"].finite() if r.note.get("finite_loss") is not False]
     if not (waiting or zeroed) or any(float(r.note.get("scaler_skips") or 0) > 0 for r in waiting):
         return None
     last, first = (waiting or zeroed)[-1], min((*waiting, *zeroed), key=lambda r: r.step)
-    calls = (waiting[-1].value if waiting else 0) + sum(r.value for r in zeroed)
-    ended = chart.facts.get("ended") is not None or any("of_this_optimizer" in r.note for r in waiting)
+    calls = max(waiting[-1].value if waiting else 0, sum(r.value for r in zeroed))
+    ended = any(chart.facts.get(fact) is not None for fact in ("ended", "ended_inside"))
     if calls < ENDED or (calls <= RUNNING and not ended):
         return NotExamined(f"{calls:.0f} backward calls so far and no step: it may still come")
     return Diagnosis(
