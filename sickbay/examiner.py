@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from sickbay.core.record import RecordWriter
 from sickbay.exams import internals, masks, missing_gradient, nonfinite
 from sickbay.exams.fork import NoAnswer, can_fork
+from sickbay.exams.nonfinite import Finding
 from sickbay.exams.stretch import Stretch
 from sickbay.patient import Patient
 from sickbay.probes import loss_lines
+from sickbay.probes.gradients import parameter_names
 from sickbay.probes.loop import Loop
 
 _MASK_SIGNALS = (
@@ -80,7 +82,8 @@ class Examiner:
         if kind == "func" or loss is None or loss.numel() != 1:
             return
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            self._trace("loss", loss)
+            if not self._only_scaled_too_far():
+                self._trace("loss", loss)
             return
         calls = self.patient.training_calls()
         captured = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
@@ -169,7 +172,22 @@ class Examiner:
         if isinstance(answer, NoAnswer):
             self.record.unobserved("first_nonfinite", answer.reason)
         else:
+            update = self._update_that_broke() if answer.note.get("phase") == "weight" and self.record.step > 0 else None
+            if update is not None:
+                step = self.record.step - 1
+                self.record.read("first_nonfinite", update.value, where=update.where, note=update.note, source=update.source, step=step)
             self.record.read("first_nonfinite", answer.value, where=answer.where, note=answer.note, source=answer.source)
+
+    def _update_that_broke(self) -> Finding | None:
+        """The optimizer's state that made a weight non-finite although its gradient was finite; None if it was not the update."""
+        names = parameter_names(self.patient)
+        found = (nonfinite.locate_update(optimizer, names) for optimizer in self.patient.optimizers)
+        return next((finding for finding in found if isinstance(finding, Finding)), None)
+
+    def _only_scaled_too_far(self) -> bool:
+        """True while a GradScaler is still looking for its scale: the loss itself is finite, and the step will be skipped by design."""
+        values = [call.value for call in self.patient.losses if call.grad_enabled and not call.spent and call.value.numel() == 1]
+        return self.patient.scale != 1.0 and bool(values) and all(math.isfinite(value.item()) for value in values)
 
     def gradient_absent(self, names: list[str], backwards: int) -> None:
         """Trainable parameters never got a gradient: does the output depend on them?"""
