@@ -38,6 +38,8 @@ SIGNALS = (*_MASK_SIGNALS, *internals.SIGNALS, "first_nonfinite")
 _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
 _SHARE = 0.02  # of the run's time that exams after the first ones may take
+_CHEAP = 0.15  # seconds: a question this cheap may be asked a few times early, so that short runs are looked at as well
+_CHEAP_QUESTIONS = 5
 _TRACES = 2  # non-finite values traced before the rest is left alone
 
 
@@ -64,6 +66,7 @@ class Examiner:
         self._stretch = Stretch(self._lines.segments)
         self._began = time.monotonic()
         self._spent = 0.0
+        self._dearest = 0.0
         self._traces = 0
         self._hung = False
         self._traced_step = -1
@@ -109,7 +112,8 @@ class Examiner:
     # --- questions --------------------------------------------------------------------------------------------------
     def _examine(self, asked: Asked, loss: Tensor | None) -> None:
         forwards, asked.forwards = asked.forwards, asked.forwards + 1
-        affordable = forwards < 3 or self._spent < _SHARE * (time.monotonic() - self._began)
+        early = forwards < 3 or (self._dearest < _CHEAP and asked.internals < _CHEAP_QUESTIONS)
+        affordable = early or self._spent < _SHARE * (time.monotonic() - self._began)
         if asked.masks < len(_MASKS_AT) and forwards >= _MASKS_AT[asked.masks] and affordable:
             asked.masks += 1
             self._write(asked, _MASK_SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
@@ -158,7 +162,9 @@ class Examiner:
         finally:
             self.patient.muted = False
             self.patient.losses, self.patient.calls = losses, calls
-            self._spent += time.monotonic() - began
+            cost = time.monotonic() - began
+            self._spent += cost
+            self._dearest = max(self._dearest, cost)
 
     def _trace(self, what: Literal["loss", "gradient"], loss: Tensor | None) -> None:
         if not self._stepped_nonfinite:
@@ -172,7 +178,11 @@ class Examiner:
         if isinstance(answer, NoAnswer):
             self.record.unobserved("first_nonfinite", answer.reason)
         else:
-            update = self._update_that_broke() if answer.note.get("phase") == "weight" and self.record.step > 0 else None
+            update = (
+                self._update_that_broke()
+                if answer.note.get("phase") == "weight" and self._traces == 1 and math.isfinite(self.patient.norm_at_step)
+                else None
+            )
             if update is not None:
                 step = self.record.step - 1
                 self.record.read("first_nonfinite", update.value, where=update.where, note=update.note, source=update.source, step=step)
