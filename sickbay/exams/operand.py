@@ -43,6 +43,7 @@ def familiar(name: str) -> str:
 def node_operation(node_name: str) -> str:
     """The aten name of the operation an autograd node belongs to: `NllLossBackward0` is `nll_loss`."""
     base = re.sub(r"Backward\d*$", "", node_name.split("::")[-1])
+    base = re.sub(r"(?<=\d)D(?=[A-Z]|$)", "d", base)  # NllLoss2D is nll_loss2d
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", base).lower()
 
 
@@ -105,9 +106,11 @@ def bad_row(tensor: Tensor) -> int | None:
     return int(rows.nonzero()[0, 0])
 
 
-def fully_masked_rows(operand: Tensor) -> int:
-    """The rows along the last dimension that hold nothing but -inf, as a softmax that may attend nowhere sees them."""
-    return int((operand == float("-inf")).all(dim=-1).sum()) if operand.dim() and operand.shape[-1] else 0
+def fully_masked_rows(operand: Tensor, dim: int = -1) -> int:
+    """The rows along dimension `dim` that hold nothing but -inf, as a softmax that may attend nowhere sees them."""
+    if not -operand.dim() <= dim < operand.dim() or not operand.shape[dim]:
+        return 0
+    return int((operand == float("-inf")).all(dim=dim).sum())
 
 
 def is_mask_sized(tensor: Tensor) -> bool:

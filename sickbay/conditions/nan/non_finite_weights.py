@@ -41,18 +41,21 @@ def diagnose(chart: Chart) -> Diagnosis | None:
         return None
     from_the_start = weight is not None and weight.note.get("updates_before") == 0
     step = weight.step if weight is not None else math.inf
-    caused_elsewhere = origin is not None and origin.phase not in UPDATE and origin.reading.step <= step
-    if caused_elsewhere and not from_the_start:
+    before = origin if origin is not None and origin.phase not in UPDATE and origin.reading.step <= step else None
+    reached = next((born.reading for born in origins(chart["first_nonfinite"]) if born.phase in UPDATE), None)
+    if before is not None and not from_the_start and reached is None:
         return None
-    reading: Reading = weight or chart["first_nonfinite"][0]
+    reading: Reading = weight or reached or chart["first_nonfinite"][0]
     when = "before the first update" if from_the_start else f"after {reading.note.get('updates_before', reading.step)} updates"
+    # Where the operation is no other condition's, this finding stands alone and must say what is known of it.
+    made = f"; the first such value came from {before.op} at {before.place} in step {before.reading.step}" if before else ""
     return Diagnosis(
-        summary=f"{number(reading.value)} elements of {reading.where or 'the weights'} are NaN or infinite {when}",
+        summary=f"{number(reading.value)} elements of {reading.where or 'the weights'} are NaN or infinite {when}{made}",
         evidence=(Evidence(reading, 0.0),),
         severity="critical",
-        step=reading.step,
+        step=before.reading.step if before else reading.step,
         where=reading.where,
-        source=reading.source or (origin.reading.source if origin is not None else ""),
+        source=(before.reading.source if before else reading.source) or (origin.reading.source if origin else ""),
         certainty="confirmed" if from_the_start else "likely",
     )
 
