@@ -29,7 +29,8 @@ class Batches:
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record = patient, record
         self._seen: dict[int, int] = {}
-        self._last: tuple[int, int] = (0, -1)
+        self._last_step = -1
+        self._last_tensor: weakref.ref[Tensor] | None = None
         self._stochastic: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, nn.Module]]] = weakref.WeakKeyDictionary()
         self._modes: dict[tuple[int, bool], float] = {}
         self._evaluations: dict[int, int] = {}
@@ -46,18 +47,20 @@ class Batches:
         if not calls or kind == "func":
             return
         self._mode("training_mode", calls[-1])
-        self._repeat(*fingerprint((calls[0].args, calls[0].kwargs)))
+        self._repeat((calls[0].args, calls[0].kwargs))
 
     def functional(self, function: Any, args: Any, kwargs: Any) -> None:
-        self._repeat(*fingerprint((args, kwargs)))
+        self._repeat((args, kwargs))
 
-    def _repeat(self, mark: int, storage: int) -> None:
-        if not mark or self._last[1] == self.record.step:
+    def _repeat(self, batch: Any) -> None:
+        mark, tensor = fingerprint(batch)
+        if not mark or tensor is None or self._last_step == self.record.step:
             return
         before = self._seen.get(mark)
-        same_object = storage == self._last[0]
-        self._last = (storage, self.record.step)
-        note = {"same_object": True} if same_object and before is not None else None
+        # One tensor kept and used again is a choice; an equal one made anew is what a broken loader gives.
+        kept = self._last_tensor is not None and self._last_tensor() is tensor
+        self._last_step, self._last_tensor = self.record.step, weakref.ref(tensor)
+        note = {"same_object": True} if kept and before is not None else None
         self.record.read("batch_repeat", 0 if before is None else self.record.step - before, note=note)
         if len(self._seen) < _MAX_KNOWN:
             self._seen[mark] = self.record.step
@@ -84,8 +87,8 @@ class Batches:
             self.record.read(signal, share, where=modules[0] if modules else "", note=note, source=call.source)
 
 
-def fingerprint(value: Any) -> tuple[int, int]:
-    """(checksum, address) of the batch's first integer tensors, else of its floats: equal batches have equal checksums, 0 = none."""
+def fingerprint(value: Any) -> tuple[int, Tensor | None]:
+    """(checksum, tensor) of the batch's first integer tensors, else of its floats: equal batches have equal checksums, 0 = none."""
     tensors = [tensor for _, tensor in tensors_in(value) if not tensor.requires_grad and tensor.device.type == "cpu" and tensor.numel() > 1]
     whole = [tensor for tensor in tensors if not tensor.is_floating_point() and not tensor.is_complex()]
     chosen = whole or [tensor for tensor in tensors if tensor.is_floating_point()]
@@ -94,7 +97,8 @@ def fingerprint(value: Any) -> tuple[int, int]:
         sample = tensor.detach().reshape(-1)[:_SAMPLE].contiguous()
         varied = varied or bool((sample != sample[0]).any())
         mark = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), mark + tensor.numel())
-    return (mark if varied else 0), (chosen[0].data_ptr() if chosen else 0)
+    first = chosen[0] if chosen else None
+    return (mark if varied else 0), (first if first is None or first._base is None else first._base)
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:

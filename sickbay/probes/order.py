@@ -65,6 +65,9 @@ class Order:
         self._print: tuple[float, ...] = ()
         self._micro: list[MicroBatch] = []
         self._accumulates = False
+        self._norm_after_backward = self._norm_before_clip = 0.0
+        self._divided_by_hand = 1.0
+        self._weighted_steps = 0
         self._backwards = 0
         self._torch_steps = 0
         self._func_calls = 0
@@ -108,6 +111,9 @@ class Order:
             held.sources = [*held.sources[-3:], line]
         self._by_hand.backwards += 1
         self._by_hand.sources = [line]
+        if self._accumulates and self._weighted_steps < _FIRST_STEPS and len(self._everyone) == 1:
+            gradients = [gradient for optimizer in self._held for gradient in _gradients(optimizer)]
+            self._norm_after_backward = math.hypot(*norms_of(gradients, [])) / self.patient.scale
 
     # --- steps --------------------------------------------------------------------------------------------------
     def optimizer_created(self, optimizer: Any) -> None:
@@ -141,6 +147,11 @@ class Order:
         held.backwards, held.carried, held.cleaned, held.finite = 0, None, False, True
         self._torch_steps += 1
         self._write_weighting()
+        self._norm_after_backward = self._norm_before_clip = 0.0
+
+    def clip(self, total: Any, max_norm: float, parameters: list[Tensor]) -> None:
+        if self._norm_after_backward:
+            self._norm_before_clip = float(total) / self.patient.scale
 
     def scaler(self, scale: float, skipped: bool) -> None:
         self._skips += skipped
@@ -171,7 +182,11 @@ class Order:
         was_accumulating, self._accumulates = self._accumulates, len(micro) > 1
         if len(micro) < 2 or not was_accumulating or not all(math.isfinite(m.given) and m.mean > 0 and m.counted for m in micro):
             return
-        weights = [m.given / m.mean for m in micro]
+        # Gradients that the script divides by its own hand before the step were weighted there.
+        if self._norm_after_backward:
+            self._divided_by_hand = (self._norm_before_clip or self.patient.norm_at_step) / self._norm_after_backward
+        self._weighted_steps += 1
+        weights = [m.given / m.mean * self._divided_by_hand for m in micro]
         total, tokens = sum(weights), sum(m.counted for m in micro)
         worst = max(abs(w / total * tokens / m.counted - 1) for w, m in zip(weights, micro)) if total else math.inf
         note = {"count": len(micro), "weights": weights[:64], "tokens": [m.counted for m in micro][:64], "worst": worst}
@@ -203,6 +218,12 @@ class Order:
                 self.record.read("backwards_without_step", held.all_backwards, where=held.name, note=note, source=held.sources[-1])
 
 
+def _gradients(optimizer: Any) -> list[Tensor]:
+    """The dense gradients of the optimizer's parameters."""
+    held = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    return [gradient for gradient in held if gradient is not None and not gradient.is_sparse]
+
+
 def _has_gradient(optimizer: Any) -> bool:
     """True if any of the optimizer's parameters holds a gradient."""
     return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
@@ -211,7 +232,7 @@ def _has_gradient(optimizer: Any) -> bool:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on the order of calls is followed; the returned function writes what only the end can tell."""
     probe = Order(patient, record, loop)
-    for event in ("backward_begin", "backward_end", "optimizer_created", "step_begin", "step_end", "scaler"):
+    for event in ("backward_begin", "backward_end", "optimizer_created", "clip", "step_begin", "step_end", "scaler"):
         loop.on(event, probe, getattr(probe, event))
     loop.on("finish", probe, probe.finish)
     return lambda: None

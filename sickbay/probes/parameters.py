@@ -31,6 +31,7 @@ class Parameters:
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record, self.loop = patient, record, loop
         self._distances: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._lasting: set[int] = set()
         self._had_gradient: dict[int, weakref.ref[Tensor]] = {}
         self._steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._created_at: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -51,6 +52,9 @@ class Parameters:
         if self._graph_looks < 2 and isinstance(loss, Tensor):
             self._graph_looks += 1
             for leaf, distance in leaves_with_distance(loss):
+                known = self._distances.get(id(leaf))
+                if isinstance(leaf, nn.Parameter) or (known is not None and known[0]() is leaf):
+                    self._lasting.add(id(leaf))  # a plain tensor is a parameter once a second graph reaches it
                 self._distances[id(leaf)] = (weakref.ref(leaf), distance)
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
@@ -78,12 +82,12 @@ class Parameters:
             for key, (ref, distance) in self._distances.items()
             if (leaf := ref()) is not None and leaf.grad is not None
         }
-        missing = [(key, leaf, distance) for key, (leaf, distance) in reached.items() if key not in held and isinstance(leaf, nn.Parameter)]
+        missing = [(key, leaf, distance) for key, (leaf, distance) in reached.items() if key not in held and key in self._lasting]
         used = [distance for key, (_, distance) in reached.items() if key in held]
-        if not missing or not used:
-            return
         own = [p for group in optimizer.param_groups for p in group["params"]]
         stale = [p for p in own if model and id(p) not in model and id(p) not in reached and p.grad is None]
+        if not missing or not (used or stale):
+            return
         if stale:
             shapes = [list(p.shape) for p in stale[:_MAX_NAMES]]
             self.record.read("stale_in_optimizer", len(stale), note={"shapes": shapes}, source=self._created_at.get(optimizer, ""))

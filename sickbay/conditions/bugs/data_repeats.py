@@ -44,7 +44,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     seen = chart["batch_repeat"].finite()
     if len(seen) < STEPS:
         return NotExamined(f"{len(seen)} batches were fingerprinted; this needs {STEPS:.0f}")
-    repeats = [r for r in seen if r.value == 1]
+    repeats = [r for r in seen if r.value == 1 and not r.note.get("same_object")]
     share = len(repeats) / (len(seen) - 1)
     fresh = len(seen) - len(repeats)
     if share > SAME and fresh <= 2:
