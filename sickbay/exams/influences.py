@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ class View:
 
     `counted`: bool `(B, n)`, answers the loss counts; `real`: bool `(B, n)`, answers at real tokens; `documents`: int64 `(B, n)` or None;
     `baseline`: `(B, n, C)`. `n` is T, or fewer where the loss drops ends, or 1 where rows are pooled (`per_position` False).
+    `attention`: (module, source) of the first softmax over positions.
     """
 
     again: Rerun
@@ -33,7 +33,7 @@ class View:
     documents: Tensor | None
     baseline: Tensor
     step: int
-    source: str = ""
+    attention: tuple[str, str] = ("", "")
 
     @property
     def per_position(self) -> bool:
@@ -52,18 +52,18 @@ class View:
             return self.step == 0
         return any(not name.endswith("bias") and not bool(p.detach().any()) for name, p in module.named_parameters())
 
-    def notes(self) -> dict[str, Any]:
-        """What a reader must know about the model before judging an influence."""
-        module = self.again.module
-        normed = module is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
-        return {"batch_norm": True} if normed else {}
-
     def place(self, tokens: Tokens, where: Tensor, kept: Tensor, value: float) -> tuple[str, str]:
         """(module, source) of the operation that carries `where` into `kept` (`(B, T)`); ("", the call) if it is small."""
         if not value > WORTH_LOCATING:
             return "", self.again.source("")
         module, source = locate(self.again, tokens, where, kept)
         return module, source or self.again.source("")
+
+
+def batch_norm_of(module: nn.Module | None) -> dict[str, bool]:
+    """{"batch_norm": True} for a model that mixes rows by design; otherwise empty."""
+    normed = module is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
+    return {"batch_norm": True} if normed else {}
 
 
 @dataclass

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.exams.fork import NoAnswer, ask
-from sickbay.exams.influences import View, future_and_rows, packing_influence, padding_influence, past
+from sickbay.exams.influences import View, batch_norm_of, future_and_rows, packing_influence, padding_influence, past
+from sickbay.exams.matching import Main, answers_with, best_fit, matching_loss, placed_fit, targets_inside, time_axis_of
 from sickbay.exams.padding import Padding, config_value, find_documents, find_padding
 from sickbay.exams.perturbation import NOISE, Tokens, change, find_readout
-from sickbay.exams.placing import placed
+from sickbay.exams.rows import row_influence
 from sickbay.exams.sensitivity import Graph, graph_of
 from sickbay.exams.sensitivity import mixing as gradient_mixing
 from sickbay.exams.sensitivity import padding as padding_sensitivity
-from sickbay.exams.sequences import Lookup, Observation, Rerun, float_leaves, observe, time_axis, token_lookups
+from sickbay.exams.sequences import Lookup, Observation, Rerun, observe, token_lookups
 from sickbay.exams.targets import Alignment, Targets, align, fit, from_call, from_graph, graded
 from sickbay.patient import ForwardCall, Patient
 
@@ -38,8 +39,6 @@ SIGNALS = (
     "packing_influence",
     "row_influence",
 )
-
-Main = tuple[Targets, list[Lookup], Alignment]
 
 
 class Findings(list[dict[str, Any]]):
@@ -79,12 +78,12 @@ class Examination:
         graph = self._graph() if found is None else None
         if found is not None:
             again, seen, groups = found
-            self._over_tokens(again, seen, groups, targets or _inside(seen))
+            self._over_tokens(again, seen, groups, targets or targets_inside(seen))
         elif graph is not None:
             self._over_graph(graph, targets)
         else:
-            self._unmeasured("no look-up of token ids was seen in the forward pass", "target_offset")
-            self._unmeasured("no look-up of token ids was seen in the forward pass")
+            self._over_numbers()
+            self._unmeasured("no look-up of token ids was seen in the forward pass", *SIGNALS)
         return {"readings": self.readings, "reasons": self.reasons}
 
     def _add(self, signal: str, value: float, place: tuple[str, str], **note: Any) -> None:
@@ -123,14 +122,14 @@ class Examination:
             ignored = float((~target.counted).float().mean())
             place = ("", target.source or again.source(""))
             self._add("ignored_targets", ignored, place, count=target.values.numel(), ignore_index=target.ignored)
-        aligned = [main for target in targets if (main := _placed(target, groups, seen))]
+        aligned = [main for target in targets if (main := placed_fit(target, groups, seen))]
         main = max(aligned, key=lambda m: (m[2].offset == NEXT_TOKEN, m[2].offset >= 0, m[0].values.numel()), default=None)
-        graph = None if main is None or _answers_with(again, seen, main[0]) else self._graph()
+        graph = None if main is None or answers_with(again, seen, main[0]) else self._graph()
         if graph is not None:  # the forward is only a part of the model: what it gives is not what the loss was given
             self._over_graph(graph, targets)
             return
         group = main[1] if main else groups[-1]
-        axis = main[2].time_axis if main and main[2].offset >= 0 else _axis(group, seen, targets)
+        axis = main[2].time_axis if main and main[2].offset >= 0 else time_axis_of(group, seen, targets)
         if axis is None:
             self._unmeasured("the batch axis could not be told from the time axis")
         else:
@@ -175,12 +174,22 @@ class Examination:
         self._packing(view, documents_by)
         return causal
 
+    def _over_numbers(self) -> None:
+        """row_influence of a model that reads numbers and is run as a whole."""
+        calls = self.patient.training_calls()
+        again = Rerun(calls[0]) if len(calls) == 1 else None
+        found = row_influence(again, observe(again)) if again else "the model is run in several parts, or is no module"
+        if again is None or isinstance(found, str):
+            self._unmeasured(str(found), "row_influence")
+        else:
+            self._add("row_influence", found[0], ("", again.source("")), rows=found[1], **batch_norm_of(again.module))
+
     def _graph(self) -> Graph | None:
         return graph_of(self.loss) if self.loss is not None and self.loss.grad_fn is not None else None
 
     def _over_graph(self, graph: Graph, targets: list[Targets]) -> None:
         """The same questions answered from gradients, where nothing can be run again."""
-        aligned = [main for target in targets if (main := _best(target, graph.tokens(), graph.seen))]
+        aligned = [main for target in targets if (main := best_fit(target, graph.tokens(), graph.seen))]
         main = max(aligned, key=lambda m: (m[2].offset == NEXT_TOKEN, m[2].offset >= 0), default=None)
         if main is None:
             self._unmeasured("the targets of the loss do not lie over the tokens")
@@ -229,7 +238,7 @@ class Examination:
     ) -> tuple[View | None, str]:
         tokens = Tokens.of(group, axis, padding.mask if padding else None)
         batch, times = tokens.ids.shape
-        loss = _matching_loss(seen, [main[0]] if main else targets)
+        loss = matching_loss(seen, [main[0]] if main else targets)
         index = main[0].index if main else None
         readout = find_readout(seen, main[2] if main else None, loss, batch, times, index)
         if readout is None:
@@ -258,8 +267,8 @@ class Examination:
         if float(change(baseline, readout.read(again)).max()) > NOISE * scale:
             self._unmeasured("the forward pass does not repeat exactly")
             return None, ""
-        source = main[0].source if main else ""
-        return View(again, tokens, readout, counted, real, numbers, baseline, self.step, source), documents.known_by if documents else ""
+        view = View(again, tokens, readout, counted, real, numbers, baseline, self.step, seen.attention)
+        return view, documents.known_by if documents else ""
 
     def _mixing(self, view: View, aligned: Alignment | None) -> dict[str, Any]:
         """future_influence, past_blocked, row_influence; returns what is known of causality for the offset's note."""
@@ -279,7 +288,7 @@ class Examination:
         if mixing.rows is not None and mixing.rows_where is not None:
             odd = torch.ones_like(mixing.rows_where) & (torch.arange(batch) % 2 == 1)[:, None]
             place = view.place(view.tokens, mixing.rows_where, odd, mixing.rows)
-            self._add("row_influence", mixing.rows, place, rows=batch, **view.notes())
+            self._add("row_influence", mixing.rows, place, rows=batch, **batch_norm_of(view.again.module))
         if mixing.rows is not None and mixing.rows > MIXED_ROWS:
             self._unmeasured(
                 "rows of the batch influence one another, which hides who sees whom within a row", "future_influence", "past_blocked"
@@ -288,10 +297,13 @@ class Examination:
         if causal_task and mixing.future is not None and mixing.where is not None:
             kept = ~mixing.where & (torch.arange(mixing.where.shape[1]) < mixing.cut) & (torch.arange(batch) % 2 == 0)[:, None]
             place = view.place(view.tokens, mixing.where, kept, mixing.future)
-            self._add("future_influence", mixing.future, place, position=mixing.cut, affected=mixing.affected, **view.notes())
+            self._add(
+                "future_influence", mixing.future, place, position=mixing.cut, affected=mixing.affected, **batch_norm_of(view.again.module)
+            )
         if causal_task and backward is not None:
             note = {"pairs": backward.pairs, "span": backward.span, "nearest_blocked": backward.nearest >= HALF}
-            self._add("past_blocked", backward.blocked, ("", view.again.source("")), **note)
+            place = view.attention if view.attention[1] else ("", view.again.source(""))
+            self._add("past_blocked", backward.blocked, place, **note)
         return {} if mixing.future is None else {"causal": mixing.future < SEES_FUTURE}
 
     def _padding(self, view: View, tokens: Tokens, padding: Padding | None, main: bool) -> None:
@@ -317,69 +329,6 @@ class Examination:
 
 def _size(call: ForwardCall) -> int:
     return sum(p.numel() for p in call.module.parameters()) if isinstance(call.module, nn.Module) else 0
-
-
-def _answers_with(again: Rerun, seen: Observation, target: Targets) -> bool:
-    """True unless the loss lies outside the forward and is plainly given something else than its output."""
-    if again.call is None or target.logits is None or _matching_loss(seen, [target]) is not None:
-        return True
-    sizes = {size for leaf in float_leaves(seen.output) for size in leaf.shape[1:]}
-    return target.logits.shape[-1] in sizes or target.logits.shape[1] in sizes
-
-
-def _inside(seen: Observation) -> list[Targets]:
-    """The targets of the losses computed inside the forward."""
-    found = []
-    for loss in seen.losses:
-        values = loss.targets.long()
-        counted = values != loss.ignored if loss.ignored is not None else torch.ones_like(values, dtype=torch.bool)
-        found.append(Targets(values, counted, loss.ignored, loss.ignored is not None, loss.source))
-    return found
-
-
-def _best(target: Targets, groups: list[list[Lookup]], seen: Observation) -> Main | None:
-    """`target` with the token input that it fits best; None if it fits none."""
-    fits = [
-        (target, group, found) for group in groups if (found := align(target, group[0].ids, time_axis(seen, tuple(group[0].ids.shape))))
-    ]
-    return max(fits, key=lambda fit_: (fit_[2].offset >= 0, fit_[2].match.get(fit_[2].offset, 0.0)), default=None)
-
-
-def _placed(target: Targets, groups: list[list[Lookup]], seen: Observation) -> Main | None:
-    """As `_best`; where sizes do not tell which outputs the loss took (a selection, a slice), they are found by their values."""
-    best = _best(target, groups, seen)
-    if best is not None and best[2].values.numel() == best[1][0].ids.numel():
-        return best
-    inside = _matching_loss(seen, [target])
-    answers = float_leaves(seen.output) if inside is None else list(reversed(seen.losses[inside].answers))
-    for group in [best[1]] if best else groups:
-        laid = placed(target, tuple(group[0].ids.shape), answers)
-        again = _best(laid, [group], seen) if laid else None
-        if again is not None and (best is None or again[2].offset != best[2].offset):
-            return again
-    return best
-
-
-def _axis(group: list[Lookup], seen: Observation, targets: list[Targets]) -> int | None:
-    """The time axis of ids whose targets do not tell it: from positions, else from outputs or targets with one row per sequence."""
-    shape = tuple(group[0].ids.shape)
-    axis = time_axis(seen, shape)
-    if axis is not None or shape[0] == shape[1]:
-        return axis
-    sizes = {leaf.shape[0] for leaf in float_leaves(seen.output) if leaf.dim() == 2} | {t.values.numel() for t in targets}
-    if shape[0] in sizes and shape[1] not in sizes:
-        return 1
-    return 0 if shape[1] in sizes and shape[0] not in sizes else None
-
-
-def _matching_loss(seen: Observation, targets: list[Targets]) -> int | None:
-    """Which loss inside the forward was given one of `targets`; None if it lies outside."""
-    for target in targets:
-        values = (target.values if target.raw is None else target.raw).flatten().long()
-        for loss in seen.losses:
-            if loss.targets.numel() == values.numel() and torch.equal(loss.targets.flatten().long(), values):
-                return loss.occurrence
-    return None
 
 
 def _padding_of(again: Rerun, seen: Observation, group: list[Lookup], axis: int, ignored: int | None) -> Padding | None:

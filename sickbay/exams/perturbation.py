@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sickbay.exams.sequences import _LOOKUPS, Lookup, Observation, Rerun, distinct, float_leaves, lookup_of, loss_of
+from sickbay.exams.sequences import _LOOKUPS, SOFTMAX, Lookup, Observation, Rerun, distinct, float_leaves, lookup_of, loss_of
 from sickbay.exams.targets import Alignment
 from sickbay.exams.trace import Intercept, Operation
 
 CLASSES = 2048  # looked at per answer; a change of the hidden state moves all classes, so a part of a large vocabulary shows it
 NOISE = 1e-6  # share of the own change below which a float32 difference may be rounding (kernels pick another order of summation)
-_SOFTMAX = ("_softmax", "_safe_softmax", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math")
 _MIXING = (
-    *_SOFTMAX,
+    *SOFTMAX,
     "bmm",
     "convolution",
     "mean",
@@ -202,7 +201,7 @@ def locate(again: Rerun, tokens: Tokens, where: Tensor, kept: Tensor) -> tuple[s
         since.extend(mixing)
         own = difference[where].max() if bool(where.any()) else difference.max()
         if bool((difference[kept] > 1e-5 * max(float(own), 1e-12)).any()) and bool((difference[kept] > 1e-9).any()):
-            softmax = [line for name, line in since if name in _SOFTMAX]
+            softmax = [line for name, line in since if name in SOFTMAX]
             line = softmax[-1] if softmax else since[0][1] if since else source
             return module, again.source(line)
         since = []

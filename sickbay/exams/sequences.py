@@ -16,6 +16,14 @@ from sickbay.exams.trace import Intercept, ModulePath, Operation, Tracer, batch_
 from sickbay.patient import ForwardCall, bare, tensors_in, user_line
 
 _LOOKUPS = ("embedding", "index", "index_select", "scatter_", "scatter")
+SOFTMAX = (
+    "_softmax",
+    "_safe_softmax",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
 _RECENT = 24  # results kept before a loss: between the output layer and the loss lie a handful of views, a mask and a softmax
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -49,7 +57,9 @@ class LossOperation:
 
 @dataclass
 class Observation:
-    """What one repeated forward showed. `compared`: (ids, constant) of every `ids == constant`; `added`: shapes (sum, addend)."""
+    """What one repeated forward showed. `compared`: (ids, constant) of every `ids == constant`; `added`: shapes (sum, addend).
+
+    `attention`: (module, source) of the first softmax over positions."""
 
     output: Any = None
     lookups: list[Lookup] = field(default_factory=list)
@@ -57,6 +67,7 @@ class Observation:
     compared: list[tuple[Tensor, int]] = field(default_factory=list)
     added: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     aranges: list[tuple[int, ...]] = field(default_factory=list)
+    attention: tuple[str, str] = ("", "")
 
 
 class Rerun:
@@ -215,6 +226,8 @@ def observe(again: Rerun) -> Observation:
             if args[0].shape != args[1].shape and isinstance(result, Tensor) and result.dim() == 3:
                 addend = args[1] if args[0].shape == result.shape else args[0]
                 seen.added.append((tuple(result.shape), tuple(addend.shape)))
+        elif operation.name in SOFTMAX and not seen.attention[1] and (operation.name != "_softmax" or args[0].dim() > 2):
+            seen.attention = operation.module, again.source(operation.source)
         elif operation.name == "arange" and isinstance(result, Tensor):
             seen.aranges.append(tuple(result.shape))
         if isinstance(result, Tensor) and result.dim() in (2, 3) and result.is_floating_point():

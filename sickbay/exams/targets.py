@@ -189,10 +189,10 @@ def _at_axis(values: Tensor, counted: Tensor, ids: Tensor, time: int, flipped: b
         most = max(most, number)
         match[offset] = round(float((values[:, low:high] == ids[:, low + offset : high + offset])[part].float().mean()), 4)
     ahead = {offset: share for offset, share in match.items() if share >= MATCH}
-    offset = max(ahead, key=lambda k: ahead[k], default=-1)
+    best = max(ahead, key=lambda k: ahead[k], default=None)
     # Agreement at -1 is a shift in the wrong direction; the number stays that of "none" and the match tells.
-    clear = offset == -1 or all(share < RIVAL for other, share in match.items() if other != offset)
-    return Alignment(values, counted, time, offset if clear else -1, match, clear, flipped, most)
+    clear = best is None or all(share < RIVAL for other, share in match.items() if other != best)
+    return Alignment(values, counted, time, best if clear and best is not None else -1, match, clear, flipped, most)
 
 
 def fit(grid: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -1,0 +1,78 @@
+"""Whether rows of a batch of numbers (time series, images, features) influence one another, found by changing every second row."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sickbay.exams.influences import even_rows
+from sickbay.exams.perturbation import NOISE
+from sickbay.exams.sequences import Observation, Rerun, float_leaves, time_axis
+
+
+def row_influence(again: Rerun, seen: Observation) -> tuple[float, int] | str:
+    """(change of the other rows' outputs over that of the changed rows, number of rows); a reason where it cannot be told."""
+    call = again.call
+    source = next((tensor for _, tensor in again.arguments if tensor.is_floating_point() and tensor.dim() >= 2), None)
+    leaf = next((index for index, tensor in enumerate(float_leaves(seen.output)) if tensor.dim() >= 1), None)
+    if call is None or source is None or leaf is None:
+        return "the forward takes no batch of numbers, or gives none"
+    where = _batch_axes(tuple(source.shape), tuple(float_leaves(seen.output)[leaf].shape), seen)
+    if where is None:
+        return "the batch axis could not be told from the time axis"
+    axis, answer_axis = where
+    rows = source.shape[axis]
+    if rows < 2:
+        return "batches of one row only"
+    even = even_rows(rows)[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    moved = source.detach().movedim(axis, 0).clone()
+    moved[even] = (
+        moved.flip(0)[even] + torch.randn(moved[even].shape, generator=generator, dtype=torch.float32).to(moved.dtype) * moved.std()
+    )
+    changed = dataclasses.replace(
+        call, args=_replaced(call.args, source, moved.movedim(0, axis)), kwargs=_replaced(call.kwargs, source, moved.movedim(0, axis))
+    )
+    before, repeated = (_answers(again, leaf, answer_axis) for _ in range(2))
+    again.call = changed
+    after = _answers(again, leaf, answer_axis)
+    again.call = call
+    own, others = _moved(before[even], after[even]), _moved(before[~even], after[~even])
+    if _moved(before, repeated) > NOISE * float(torch.nan_to_num(before).abs().max()):
+        return "the forward pass does not repeat exactly"
+    return (others / own, rows) if own > 0 else "no output moves when the inputs are changed"
+
+
+def _answers(again: Rerun, leaf: int, axis: int) -> Tensor:
+    return float_leaves(again())[leaf].detach().double().movedim(axis, 0)
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    difference = torch.nan_to_num(after - before, 0.0, 0.0, 0.0).abs()
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+def _batch_axes(given: tuple[int, ...], gave: tuple[int, ...], seen: Observation) -> tuple[int, int] | None:
+    """The batch's axis of the input and of the output: the one that the output keeps; by positions where it keeps two."""
+    if len(given) != 3:
+        return (0, 0) if gave[0] == given[0] else None
+    first, second = given[:2]
+    if len(gave) >= 2 and gave[:2] in ((first, second), (second, first)) and len(gave) == 3:
+        time = time_axis(seen, (first, second))
+        return None if time is None or first == second else (1 - time, gave.index(given[1 - time]))
+    if gave[0] == first != second:
+        return 0, 0
+    return (1, 0) if gave[0] == second != first else None
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    if value is old:
+        return new
+    if isinstance(value, dict):
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_replaced(item, old, new) for item in value)
+    return value
