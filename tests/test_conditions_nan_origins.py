@@ -201,3 +201,14 @@ def test_origins_come_in_order_of_step_and_survive_a_bare_note() -> None:
     assert (first.reading.step, second.op) == (2, "log")
     assert math.isnan(first.first.low)
     assert math.isnan(first.largest)
+
+
+def test_weights_that_turned_nan_are_named_even_where_the_operation_is_nobodys() -> None:
+    spread = born("", phase="weight", step=5)
+    unknown = chart(first_nonfinite=[born("add", step=4), spread])
+    assert found(unknown) == ["non-finite-weights"]
+    alone = verdict("non-finite-weights", unknown)
+    assert isinstance(alone, Diagnosis)
+    assert "came from add" in alone.summary
+    assert (alone.step, alone.certainty) == (4, "likely")
+    assert found(chart(first_nonfinite=[born("log", ZERO_OF_MANY, step=4), spread]))[0] == "log-of-zero"

@@ -37,12 +37,12 @@ UPDATE = ("weight", "update")
 def diagnose(chart: Chart) -> Diagnosis | None:
     weight = first_by_step(list(chart["nonfinite_weight"]))
     origin = next(iter(origins(chart["first_nonfinite"])), None)
-    if weight is None and (origin is None or origin.phase not in UPDATE):
+    reached = next((born.reading for born in origins(chart["first_nonfinite"]) if born.phase in UPDATE), None)
+    if weight is None and reached is None:
         return None
     from_the_start = weight is not None and weight.note.get("updates_before") == 0
     step = weight.step if weight is not None else math.inf
     before = origin if origin is not None and origin.phase not in UPDATE and origin.reading.step <= step else None
-    reached = next((born.reading for born in origins(chart["first_nonfinite"]) if born.phase in UPDATE), None)
     if before is not None and not from_the_start and reached is None:
         return None
     reading: Reading = weight or reached or chart["first_nonfinite"][0]
