@@ -1,21 +1,20 @@
 """Inside the script's own process: the watch starts when torch arrives, and is told how the script ended.
 
 Called by `startup/sitecustomize.py` before the script's first line; from then on the script runs as if nothing had been there.
+Loads next to nothing: every module loaded here is one that the script did not ask for.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.abc
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any
 
-from sickbay.core.settings import Settings
+TYPE_CHECKING = False  # typing itself would cost every script its import
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType, TracebackType
+    from typing import Any
 
 
 def begin(settings_text: str, already: set[str]) -> None:
@@ -25,22 +24,25 @@ def begin(settings_text: str, already: set[str]) -> None:
     `already`: the modules that were loaded before any of sickbay's.
     """
     try:
-        settings = Settings.from_json(settings_text)
-        ending = _Ending(keep_frames=settings.debug)
+        import json
+
+        settings = json.loads(settings_text)
+        ending = _Ending(keep_frames=settings["debug"])
         ending.arrange()
         folder = _script_folder()
-        sys.meta_path.insert(0, _WhenTorchArrives(settings, ending, folder))
-        _leave_reason(settings.out, "the script did not import torch")
+        sys.meta_path.insert(0, _WhenTorchArrives(settings_text, settings["out"], ending, folder))
+        _leave_reason(settings["out"], "the script did not import torch")
         _give_back_names(_names_in(folder), already)
     except Exception as problem:
         sys.stderr.write(f"sickbay: this run is not watched: {type(problem).__name__}: {problem}\n")
 
 
-class _WhenTorchArrives(importlib.abc.MetaPathFinder):
+class _WhenTorchArrives:
     """Starts the watch right after torch's own first import, in the script's process and not in one that it forked."""
 
-    def __init__(self, settings: Settings, ending: _Ending, folder: str) -> None:
-        self._settings = settings
+    def __init__(self, settings_text: str, out: str, ending: _Ending, folder: str) -> None:
+        self._settings_text = settings_text
+        self._out = out
         self._ending = ending
         self._folder = folder
         self._process = os.getpid()
@@ -61,12 +63,11 @@ class _WhenTorchArrives(importlib.abc.MetaPathFinder):
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            with contextlib.suppress(AttributeError):
-                del loader.exec_module
+            loader.__dict__.pop("exec_module", None)
             execute(module)
-            with contextlib.suppress(ValueError):
+            if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            self._start()
+                self._start()
 
         loader.exec_module = exec_module
 
@@ -78,11 +79,12 @@ class _WhenTorchArrives(importlib.abc.MetaPathFinder):
             sys.path[:] = [entry for entry in path if os.path.realpath(entry or os.curdir) != self._folder]
         try:
             from sickbay import doctor
+            from sickbay.core.settings import Settings
 
-            self._ending.watch = doctor.start(self._settings, rank=_rank())
-            reason_file(self._settings.out, _rank()).unlink(missing_ok=True)
+            self._ending.watch = doctor.start(Settings.from_json(self._settings_text), rank=_rank())
+            _take_reason(self._out, _rank())
         except Exception as problem:
-            _leave_reason(self._settings.out, f"the watch could not be started: {type(problem).__name__}: {problem}")
+            _leave_reason(self._out, f"the watch could not be started: {type(problem).__name__}: {problem}")
         finally:
             if namesakes:
                 sys.path[:] = path
@@ -179,23 +181,29 @@ def _rank() -> int:
         return 0
 
 
-def reason_file(out: str, rank: int) -> Path:
-    """Where the script's process leaves word that it could not be watched."""
-    return Path(out) / f".unwatched-{rank}"
-
-
 def unwatched_reason(out: str, ranks: Iterable[int]) -> str | None:
     """Why the script could not be watched, in the words of the first rank that left word; all such words are taken away."""
-    reasons = []
-    for rank in ranks:
-        with contextlib.suppress(OSError):
-            reasons.append(reason_file(out, rank).read_text(encoding="utf-8"))
-            reason_file(out, rank).unlink()
+    reasons = [reason for reason in (_take_reason(out, rank) for rank in ranks) if reason]
     return reasons[0] if reasons else None
 
 
 def _leave_reason(out: str, reason: str) -> None:
     try:
-        reason_file(out, _rank()).write_text(reason, encoding="utf-8")
+        with open(_reason_file(out, _rank()), "w", encoding="utf-8") as file:
+            file.write(reason)
+    except OSError:  # the supervisor will find nothing at all, and say so
+        pass
+
+
+def _take_reason(out: str, rank: int) -> str:
+    try:
+        with open(_reason_file(out, rank), encoding="utf-8") as file:
+            reason = file.read()
+        os.unlink(_reason_file(out, rank))
+        return reason
     except OSError:
-        sys.stderr.write(f"sickbay: {reason}\n")
+        return ""
+
+
+def _reason_file(out: str, rank: int) -> str:
+    return os.path.join(out, f".unwatched-{rank}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ class Rank:
             return cls()
         names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
         key = tuple(environment.get(name, "") for name in names)
-        return cls(rank, world_size, restart, key, socket.gethostname(), _process_identity(os.getppid()))
+        return cls(rank, world_size, restart, key, os.uname().nodename, _process_identity(os.getppid()))
 
     def is_sibling(self, owner: Mapping[str, object]) -> bool:
         """True if the folder's `owner` is of the same launch as this rank."""
@@ -103,6 +101,8 @@ def _new_folder(runs: Path, name: str, rank: Rank) -> Path:
     runs.mkdir(parents=True, exist_ok=True)
     if rank.world_size > 1:
         # The ranks start at different seconds: the first one's name is everybody's.
+        import hashlib
+
         digest = hashlib.sha256(repr((rank.key, rank.host, rank.launcher)).encode()).hexdigest()[:16]
         name = _first_claim(runs / f".launch-{digest}", name)
         folder = runs / name
@@ -136,7 +136,7 @@ def _take(folder: Path, rank: Rank) -> None:
 
 def _first_claim(path: Path, claim: str) -> str:
     """The content of `path`: `claim` if nobody had claimed it before. Readers never see half of it."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.{socket.gethostname()}")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{os.uname().nodename}")
     draft.write_text(claim, encoding="utf-8")
     try:
         os.link(draft, path)

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from running import ROOT, Outcome, assert_alike, environment, report, run, sickbay, write
 
+from sickbay.cli.run import FINDINGS_EXIT, exit_code
+from sickbay.core.diagnosis import Checkup, Diagnosis, Severity
 from sickbay.registry import conditions
 from sickbay.script import interpreter_options
+from sickbay.supervisor import Ended
 
 HEAVY = ("torch", "numpy", "rich", "jinja2", "sqlite3")
 
@@ -144,7 +147,7 @@ def test_without_permission(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["-I", "-E", "-S"])
 def test_options_that_would_keep_sickbay_out_are_refused(tmp_path: Path, option: str) -> None:
     write(tmp_path, "open('started', 'w')", "good.py")
-    command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = ['run', 'good.py']; from sickbay.cli.main import main; sys.exit(main())"
+    command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from sickbay.cli.main import main; sys.exit(main(['run', 'good.py']))"
     refused(run([sys.executable, option, "-c", command], tmp_path), "-E, -I or -S", "SICKBAY=0")
     assert not (tmp_path / "started").exists()
 
@@ -213,6 +216,16 @@ def test_a_report_that_cannot_be_written_costs_the_report_alone(tmp_path: Path) 
     assert b"report.json could not be written" in outcome.stderr and b"Traceback" not in outcome.stderr
 
 
+def test_no_room_for_the_report(tmp_path: Path) -> None:
+    """A limit on the size of files fails writes as a full disk does, without needing one."""
+    write(tmp_path, "print('trained'); raise SystemExit(5)")
+    outcome = run(["bash", "-c", f"ulimit -f 32; {sys.executable} -m sickbay run --out run script.py"], tmp_path)
+    assert (outcome.code, outcome.stdout) == (5, b"trained\n")
+    assert b"report.html could not be written: File too large" in outcome.stderr and b"Traceback" not in outcome.stderr
+    assert report(tmp_path)["run"]["exit_code"] == 5  # the smaller file had room, and no half file is left
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["report.json"]
+
+
 @pytest.mark.parametrize("closing", ["2>&-", ">&-", "<&-", ">&- 2>&- <&-", "2>/dev/full", ">/dev/full"])
 def test_closed_and_full_streams_leave_the_exit_code_alone(tmp_path: Path, closing: str) -> None:
     write(tmp_path, "import sys; sys.exit(3)")
@@ -223,15 +236,28 @@ def test_closed_and_full_streams_leave_the_exit_code_alone(tmp_path: Path, closi
 
 
 def test_the_exit_code_says_what_was_found_if_asked(tmp_path: Path) -> None:
-    """A model in evaluation mode throughout is a finding; a script that fails keeps its own code."""
+    """NaN inputs from step 4 on are a finding; a script that fails keeps its own code."""
     write(tmp_path, ILL)
-    for index, (options, code) in enumerate((([], 0), (["--fail-on", "critical"], None), (["--fail-on", "warning"], 10))):
-        outcome = run(sickbay("run", "--out", f"run{index}", *options, "script.py"), tmp_path)
-        content = json.loads((tmp_path / f"run{index}" / "report.json").read_text())
-        severities = {diagnosis["severity"] for diagnosis in content["diagnoses"]}
-        assert severities & {"critical", "warning"}, content["unexamined"]
-        assert outcome.code == (code if code is not None else 10 if "critical" in severities else 0)
-    assert run(sickbay("run", "--out", "run3", "--fail-on", "warning", "script.py", "fail"), tmp_path).code == 6
+    assert run(sickbay("run", "--out", "run", "--fail-on", "warning", "script.py"), tmp_path).code == FINDINGS_EXIT == 10
+    assert report(tmp_path)["run"]["exit_code"] == 0 and report(tmp_path)["diagnoses"]
+    assert run(sickbay("run", "--out", "run2", "--fail-on", "warning", "script.py", "fail"), tmp_path).code == 6
+
+
+@pytest.mark.parametrize(
+    ("fail_on", "severity", "script_code", "expected"),
+    [
+        (None, "critical", 0, 0),
+        ("critical", "critical", 0, 10),
+        ("critical", "warning", 0, 0),
+        ("warning", "warning", 0, 10),
+        ("warning", "critical", 0, 10),
+        ("warning", "note", 0, 0),
+        ("warning", "critical", 3, 3),
+    ],
+)
+def test_which_findings_change_the_exit_code(fail_on: str | None, severity: Severity, script_code: int, expected: int) -> None:
+    verdict = Checkup((Diagnosis("too large", (), severity),))
+    assert exit_code(fail_on, Ended(script_code, 0, 0.0, 1.0), verdict) == expected
 
 
 ILL = """
@@ -246,6 +272,13 @@ ILL = """
         optimizer.step()
     sys.exit(6 if sys.argv[1:] else 0)
     """
+
+
+@pytest.mark.parametrize("failing", ["raise MemoryError('x')", "torch.empty(10**15)", "raise torch.OutOfMemoryError('CUDA out of memory')"])
+def test_want_of_memory_is_told_from_other_failures(tmp_path: Path, failing: str) -> None:
+    write(tmp_path, f"import torch\n{failing}\n")
+    assert run(sickbay("run", "--out", "run", "script.py"), tmp_path).code == 1
+    assert report(tmp_path)["run"]["ended"] == "out-of-memory"
 
 
 def test_torchs_own_tracebacks_are_those_of_plain_python(tmp_path: Path) -> None:

@@ -232,6 +232,8 @@ def test_program_on_stdin(tmp_path: Path) -> None:
     "options", [("-u",), ("-O",), ("-B", "-W", "error"), ("-Werror", "-X", "utf8"), ("-bb", "-Xdev"), ("-uBO",), ("-P",), ("-s",)]
 )
 def test_interpreter_options_reach_the_script(tmp_path: Path, options: tuple[str, ...]) -> None:
+    if options == ("-P",) and sys.version_info < (3, 11):
+        pytest.skip("-P is new in Python 3.11")
     write(tmp_path, "import sys; print(sys.flags, sys.warnoptions, sys._xoptions, sys.orig_argv, sys.stdout.write_through)")
     assert_alike(*both(tmp_path, "script.py", python=options))
 

@@ -78,15 +78,15 @@ def main(args: argparse.Namespace) -> int:
         ended = supervise(script.command(), script.environment(dataclasses.replace(settings, out=str(folder))))
     finally:
         launch.is_running(folder, rank, False)
-    exit_code = ended.exit_code
+    code = ended.exit_code
     if rank.rank == 0:
         try:
-            exit_code = _report(args, settings, script, rank, folder, ended)
+            code = _report(args, settings, script, rank, folder, ended)
         except KeyboardInterrupt:
             _say(f"the report was interrupted: `sickbay report {folder}` makes it from the record")
     if ended.signal:
         die_by(ended.signal)
-    return exit_code
+    return code
 
 
 def _script(words: list[str]) -> Script:
@@ -141,7 +141,7 @@ def _report(args: argparse.Namespace, settings: Settings, script: Script, rank: 
         if args.json and sys.stdout is not None:
             sys.stdout.write(record.to_json(record.report(chart, verdict)))
             sys.stdout.flush()
-        return _exit_code(args, ended, verdict)
+        return exit_code(args.fail_on, ended, verdict)
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it flushes at exit.
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -152,8 +152,9 @@ def _report(args: argparse.Namespace, settings: Settings, script: Script, rank: 
     return ended.exit_code
 
 
-def _exit_code(args: argparse.Namespace, ended: Ended, verdict: Checkup) -> int:
-    counted = {"critical": {"critical"}, "warning": {"critical", "warning"}}.get(args.fail_on, set())
+def exit_code(fail_on: str | None, ended: Ended, verdict: Checkup) -> int:
+    """The script's own, but 10 if it succeeded and `fail_on` asks that a finding of that severity or worse should count."""
+    counted = {"critical": {"critical"}, "warning": {"critical", "warning"}}.get(fail_on or "", set())
     if ended.exit_code == 0 and any(diagnosis.severity in counted for diagnosis in verdict.diagnoses):
         return FINDINGS_EXIT
     return ended.exit_code
@@ -196,8 +197,11 @@ def _facts(script: Script, rank: launch.Rank, ended: Ended, chart: Chart) -> dic
 
 def _how(ended: Ended, chart: Chart) -> str:
     """`ended` in report.json: finished, failed, killed, out-of-memory, or stalled if the watch had found that before the kill."""
-    types = [str(reading.note.get("type", "")) for reading in chart["exception"]]
-    if ended.out_of_memory or (ended.exit_code and types and types[-1].rpartition(".")[2] in ("OutOfMemoryError", "MemoryError")):
+    notes = [reading.note for reading in chart["exception"]]
+    last = notes[-1] if notes else {}
+    # Torch says it so on the CPU, where it has no exception class for it.
+    no_memory = str(last.get("type")) in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(last.get("message"))
+    if ended.out_of_memory or (ended.exit_code and no_memory):
         return "out-of-memory"
     if ended.signal:
         return "stalled" if chart.facts.get("stalled") else "killed"

@@ -21,11 +21,12 @@ def _restore_environment(folder: str) -> None:
 def _run_the_real_one() -> bool:
     """The sitecustomize that this file stands before has run, as the module of that name; False if there is none."""
     from importlib.machinery import PathFinder
-    from importlib.util import module_from_spec
 
     spec = PathFinder.find_spec("sitecustomize")
     if spec is None or spec.loader is None:
         return False
+    from importlib.util import module_from_spec
+
     module = module_from_spec(spec)
     sys.modules["sitecustomize"] = module
     spec.loader.exec_module(module)
