@@ -54,7 +54,7 @@ class Head(nn.Module):
         if args.bug == "triu":
             wei = wei.masked_fill(self.tril.t()[:T, :T] == 0, float("-inf"))
         elif args.bug == "strict":
-            wei = wei.masked_fill(torch.tril(self.tril, 4)[:T, :T] == 0, float("-inf"))
+            wei = wei.masked_fill(torch.ones(T, T).tril(1) == 0, float("-inf"))
         elif args.bug == "aftersoftmax":
             wei = F.softmax(wei, dim=-1)
             wei = wei.masked_fill(self.tril[:T, :T] == 0, 0.0)
