@@ -13,6 +13,7 @@ from nonfinite_steps import Step, found, line_with, unchanged
 from torch import Tensor, nn
 
 from sickbay.exams.nonfinite import Finding
+from sickbay.exams.operand import fully_masked_rows
 
 
 def reproduces(folder: Path) -> str:
@@ -98,6 +99,11 @@ def test_fully_masked_row(tmp_path: Path) -> None:
     assert (finding.note["op"], finding.where, finding.note["fully_masked_rows"]) == ("softmax", "1", 2)
     assert finding.source == line_with("mark: attention softmax", __file__)
     reproduces(tmp_path)
+
+
+def test_rows_are_those_of_the_softmax() -> None:
+    scores = torch.zeros(2, 4, 4).masked_fill(causal(4), float("-inf"))
+    assert [fully_masked_rows(scores, dim) for dim in (-1, -2, 0, 7)] == [0, 0, 6, 0]
 
 
 @pytest.mark.parametrize("fill", [float("-inf"), torch.finfo(torch.float32).min])

@@ -247,7 +247,8 @@ def _special(note: dict[str, Any], operands: list[tuple[str, Tensor]], given: di
     """Rows that may attend nowhere, and losses that count no target, are said in the note."""
     if note["op"] in ("softmax", "log_softmax", "scaled_dot_product_attention"):
         masks = [tensor for name, tensor in operands if name in ("self", "attn_mask", "attn_bias")]
-        note["fully_masked_rows"] = sum(fully_masked_rows(mask) for mask in masks if mask.is_floating_point())
+        over = given.get("dim", -1) if isinstance(given.get("dim", -1), int) else -1
+        note["fully_masked_rows"] = sum(fully_masked_rows(mask, over) for mask in masks if mask.is_floating_point())
     target = given.get("target")
     if note["op"] == "nll_loss" and isinstance(target, Tensor):
         ignored = given.get("ignore_index", -100)

@@ -63,17 +63,9 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
 
 
 def _over_no_key(note: Any) -> bool:
-    """True for an attention softmax whose operand holds -inf and no other non-finite value: the trace of a row with every key masked."""
+    """True for an attention softmax of which some row held nothing but -inf: every key was masked there."""
     softmax = any(name in str(note.get("op", "")) for name in ("softmax", "scaled_dot_product"))
-    return softmax and any(_is_minus_infinity(operand.get("min")) for operand in note.get("operands") or ())
-
-
-def _is_minus_infinity(value: Any) -> bool:
-    """Also true of "-inf", as a record may hold it."""
-    try:
-        return float(value) == float("-inf")
-    except (TypeError, ValueError):
-        return False
+    return softmax and float(note.get("fully_masked_rows") or 0) > 0
 
 
 def inject(case: Any) -> Any:
