@@ -136,6 +136,11 @@ class Patient:
         self.losses.clear()
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """True if `module` or a part of it has a parameter."""
+    return next(module.parameters(), None) is not None
+
+
 def bare(module: nn.Module) -> nn.Module:
     """`module` without DistributedDataParallel or torch.compile around it."""
     while True:

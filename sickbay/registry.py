@@ -82,7 +82,7 @@ def _modules(package: ModuleType) -> list[ModuleType]:
 
 
 def explain(id_: str) -> str:
-    """The text of condition `id_`: what it looks like, why, how to tell it apart, its cure and sources. Raises UsageError with near names."""
+    """The text of condition `id_`, under its five headings. Raises UsageError with the nearest names."""
     found = conditions().get(id_)
     if found is None:
         check_name(id_)

@@ -25,6 +25,7 @@ class Signal:
     event: bool = False
 
 
+# fmt: off
 _ROWS = (
     # --- the loop: order of calls and their numbers --------------------------------------------------------------
     Signal("loss", "nats", "run", "loss handed to backward, summed over the step's micro-batches", "no loss was seen"),
@@ -77,5 +78,6 @@ _ROWS = (
     Signal("first_nonfinite", "elements", "module", "the first operation with a non-finite result from finite operands; note: op, phase, operands, result, chain", event=True),
     Signal("exception", "errors", "run", "an uncaught exception; note: type, message, kind, shapes, likely, operation", event=True),
 )
+# fmt: on
 
 SIGNALS: dict[str, Signal] = {row.id: row for row in _ROWS}

@@ -49,7 +49,11 @@ def attentions(operations: list[Operation]) -> list[Attention]:
     made_by = {id(out): op for op in operations for out in op.outputs}
     found: list[Attention] = []
     for op in operations:
-        attention = _fused(op, made_by) if op.name.startswith(_FUSED) else _by_hand(op, made_by) if op.name in ("_softmax", "softmax") else None
+        attention = None
+        if op.name.startswith(_FUSED):
+            attention = _fused(op, made_by)
+        elif op.name in ("_softmax", "softmax"):
+            attention = _by_hand(op, made_by)
         if attention is not None:
             found.append(attention)
     return found
@@ -87,13 +91,16 @@ def _by_hand(op: Operation, made_by: dict[int, Operation]) -> Attention | None:
     return _attention(op, head_dim, climbed.factor * up_q.factor * up_k.factor, steps, up_q, up_k, scores[:2])
 
 
-def _attention(op: Operation, head_dim: int, factor: float, steps: list[tuple[str, float]], up_q: _Climb, up_k: _Climb, scores: Any) -> Attention:
-    declared = up_q.normalised or up_k.normalised or _initialised_for_it(factor, head_dim, up_q, up_k) or _one_over_dim(factor, head_dim, steps)
+def _attention(
+    op: Operation, head_dim: int, factor: float, steps: list[tuple[str, float]], up_q: _Climb, up_k: _Climb, scores: Any
+) -> Attention:
+    by_design = _initialised_for_it(factor, head_dim, up_q, up_k) or _one_over_dim(factor, head_dim, steps)
+    declared = up_q.normalised or up_k.normalised or by_design
     return Attention(op.module, op.source, head_dim, factor, steps, declared, scores)
 
 
 def _initialised_for_it(factor: float, head_dim: int, up_q: _Climb, up_k: _Climb) -> bool:
-    """True for T5's way: scores are not scaled, and the query projection is drawn smaller by the square root of the head dimension instead."""
+    """True for T5's way: scores are not scaled, the query projection is drawn smaller by the square root of the head dimension instead."""
     stds = [_weight_std(climb.projection) for climb in (up_q, up_k)]
     if not all(stds) or factor != 1.0:
         return False
@@ -126,7 +133,9 @@ def _scalar(op: Operation) -> float | None:
     return value
 
 
-def _find_product(tensor: Tensor, made_by: dict[int, Operation], climbed: _Climb, shape: tuple[int, ...], depth: int = 0) -> Operation | None:
+def _find_product(
+    tensor: Tensor, made_by: dict[int, Operation], climbed: _Climb, shape: tuple[int, ...], depth: int = 0
+) -> Operation | None:
     op = made_by.get(id(tensor))
     if op is None or depth > 24:
         return None

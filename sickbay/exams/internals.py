@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sickbay.exams import fork
 from sickbay.exams.attention import Attention, attentions
 from sickbay.exams.trace import Operation, batch_size, rerun
-from sickbay.patient import ForwardCall, Patient, bare, tensors_in
+from sickbay.patient import ForwardCall, Patient, bare, has_parameters, tensors_in
 
 SIGNALS = (
     "activation_rms",
@@ -23,10 +23,25 @@ SIGNALS = (
 )
 
 _NORMALISING = frozenset(
-    "native_layer_norm _fused_rms_norm native_batch_norm native_group_norm _native_batch_norm_legit cudnn_batch_norm rsqrt std var var_mean "
-    "std_mean linalg_vector_norm norm rms_norm".split()
+    (
+        "native_layer_norm",
+        "_fused_rms_norm",
+        "rms_norm",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "cudnn_batch_norm",
+        "native_group_norm",
+        "rsqrt",
+        "std",
+        "std_mean",
+        "var",
+        "var_mean",
+        "linalg_vector_norm",
+        "norm",
+    )
 )
 _RECTIFYING = frozenset(("relu", "relu_", "threshold", "clamp_min", "clamp_min_"))
+_NO_BLOCKS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleDict)
 _ROWS = 4
 _TIMEOUT = 30.0
 
@@ -117,9 +132,9 @@ def _blocks(root: nn.Module) -> dict[int, str]:
         if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
             continue
         members = [(f"{name}.{key}" if name else key, part) for key, part in holder.named_children()]
-        if len(members) >= 2 and len({type(part) for _, part in members}) == 1 and next(members[0][1].parameters(), None) is not None:
-            if not isinstance(members[0][1], (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleDict)):
-                found.update((id(part), path) for path, part in members)
+        alike = len(members) >= 2 and len({type(part) for _, part in members}) == 1
+        if alike and has_parameters(members[0][1]) and not isinstance(members[0][1], _NO_BLOCKS):
+            found.update((id(part), path) for path, part in members)
     return found
 
 
@@ -170,5 +185,3 @@ def _dead_units(operations: list[Operation]) -> list[dict[str, Any]]:
         note = {"units": units, "dead": dead}
         readings.append({"signal": "dead_units", "value": len(dead) / units, "where": op.module, "source": op.source, "note": note})
     return readings
-
-

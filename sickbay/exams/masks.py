@@ -300,7 +300,9 @@ class Examination:
             self._add(
                 "future_influence", mixing.future, place, position=mixing.cut, affected=mixing.affected, **batch_norm_of(view.again.module)
             )
-        if causal_task and backward is not None:
+        if causal_task and backward is not None and not passes and not any(view.attention):
+            self._unmeasured("nothing in the model passes between positions, so there is no mask", "past_blocked")
+        elif causal_task and backward is not None:
             note = {"pairs": backward.pairs, "span": backward.span, "nearest_blocked": backward.nearest >= HALF}
             place = view.attention if view.attention[1] else ("", view.again.source(""))
             self._add("past_blocked", backward.blocked, place, **note)

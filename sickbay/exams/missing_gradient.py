@@ -48,7 +48,7 @@ _HARMLESS = (
 
 
 def examine(patient: Patient, names: list[str]) -> dict[str, Any] | fork.NoAnswer:
-    """`{changes_output, op, source}`: whether noise on the parameters `names` moves the model's output, and the first operation that drops gradients."""
+    """`{changes_output, op, source}`: whether noise on `names` moves the output, and the first operation that drops gradients."""
     calls = patient.training_calls()
     if not calls:
         return fork.NoAnswer("no forward pass through one outermost module was seen")

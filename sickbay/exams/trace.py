@@ -19,7 +19,7 @@ Intercept = Callable[["Operation", Any], Any]
 
 @dataclass
 class Operation:
-    """One aten operation: `name` without overload ("div", "embedding"), `module` path, user's `source`; `inputs`/`outputs` are live tensors."""
+    """One aten operation: `name` without overload ("div"), `module` path, the user's `source`; `inputs` and `outputs` are live tensors."""
 
     index: int
     name: str
@@ -97,7 +97,8 @@ class Tracer(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         operation = Operation(self._count, name, args, kwargs, self._path.current, user_line(2) if self._keep or self._intercept else "")
         self._count += 1
-        operation.outputs = [result] if isinstance(result, Tensor) else [r for r in result if isinstance(r, Tensor)] if isinstance(result, (tuple, list)) else []
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        operation.outputs = [each for each in results if isinstance(each, Tensor)]
         if self._keep:
             self.operations.append(operation)
         return self._intercept(operation, result) if self._intercept else result

@@ -66,11 +66,12 @@ class Gradients:
         self._pending.clear()
         self.patient.norm_at_step = math.hypot(*norms)
         if norms:
-            shown = [norm / self._shrink for norm in norms]
+            scale = self.patient.scale * self._shrink  # fused optimizers unscale inside their step
+            shown = [norm / scale for norm in norms]
             total = math.sqrt(sum(norm * norm for norm in shown)) if all(map(math.isfinite, shown)) else math.nan
             self.record.read("grad_norm", total, source=self._loss_line)
             self.record.table("param_grad_norm", self._names_of(optimizer, dense), shown)
-            if not math.isfinite(total):
+            if not math.isfinite(total) and not _left_out(optimizer):
                 self.loop.emit("nonfinite", "gradient", None)
         self._shrink = 1.0
 
@@ -90,6 +91,12 @@ class Gradients:
             known = parameter_names(self.patient)
             names = self._names[key] = tuple(known.get(id(p), f"{type(optimizer).__name__}.param{i}") for i, p in enumerate(parameters))
         return names
+
+
+def _left_out(optimizer: Any) -> bool:
+    """True if a GradScaler has told a fused optimizer to leave this step out: its infinities are the scaler's business."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item())
 
 
 def norms_of(tensors: list[Tensor], extra: list[Tensor]) -> list[float]:

@@ -17,19 +17,19 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from types import GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizer_internals
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import ForwardCall, Patient, tensors_in
+from sickbay.probes.arguments import closure_of, first_tensor, noting
 from sickbay.probes.outermost import Outermost, hook_id
-from sickbay.probes.unseen import unseen
+from sickbay.probes.unseen import out_of_sight, unseen
 
 _MAX_PROBLEMS = 32
 
@@ -60,27 +60,22 @@ class Loop:
         """Tell all listeners; never raises. A mode that the script has switched on sees nothing of what they compute."""
         began = time.perf_counter()
         listeners = tuple(self._listeners.get(event, ()))
-        if listeners and (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()):
-            with torch._C.DisableTorchFunction(), _disable_current_modes():
-                self._tell(event, listeners, args)
-        else:
-            self._tell(event, listeners, args)
+        with out_of_sight():
+            for probe, listener in listeners:
+                try:
+                    listener(*args)
+                except Exception as problem:
+                    self.drop(probe, event, problem)
         self.seconds += time.perf_counter() - began
 
-    def _tell(self, event: str, listeners: tuple[tuple[Any, Callable[..., None]], ...], args: tuple[Any, ...]) -> None:
-        for probe, listener in listeners:
-            try:
-                listener(*args)
-            except Exception as problem:
-                self.drop(probe, event, problem)
-
     @contextlib.contextmanager
-    def sheltered(self, event: str) -> Iterator[None]:
-        """An exception inside is named in the report and goes no further."""
+    def sheltered(self, event: str, probe: Any = None) -> Iterator[None]:
+        """An exception inside is named in the report, `probe` listens no more, and it goes no further; no mode of the script's sees it."""
         try:
-            yield
+            with out_of_sight():
+                yield
         except Exception as problem:
-            self.failed(event, problem)
+            self.drop(probe or self, event, problem)
 
     def failed(self, event: str, problem: Exception) -> None:
         """Something of the loop's own went wrong at `event`; it goes on."""
@@ -169,7 +164,8 @@ class Loop:
 
     def _forward_ends(self, call: ForwardCall, output: Any) -> None:
         call.finished = True
-        call.output_shapes = [tuple(tensor.shape) for _, tensor in tensors_in(output)]
+        with self.sheltered("forward_end"):
+            call.output_shapes = [tuple(tensor.shape) for _, tensor in tensors_in(output)]
         self.emit("forward_end", call, output)
 
     # --- gradients --------------------------------------------------------------------------------------------------
@@ -180,7 +176,7 @@ class Loop:
                 return original(tensors, *args, **kwargs)
             if isinstance(tensors, Iterator):
                 tensors = tuple(tensors)
-            return self._during("backward", _first(tensors), original, tensors, *args, **kwargs)
+            return self._during("backward", first_tensor(tensors), original, tensors, *args, **kwargs)
 
         return backward
 
@@ -189,8 +185,10 @@ class Loop:
         def grad(outputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._backward_depth or not self.awake() or kwargs.get("create_graph"):
                 return original(outputs, *args, **kwargs)
-            loss = _first(outputs)
-            if loss is None or loss.numel() != 1 or torch._C._functorch.is_functorch_wrapped_tensor(loss):
+            loss = first_tensor(outputs)
+            with out_of_sight():
+                whole = loss is not None and (torch._C._functorch.is_functorch_wrapped_tensor(loss) or loss.numel() != 1)
+            if loss is None or whole:
                 return original(outputs, *args, **kwargs)
             return self._during("grad", loss, original, outputs, *args, **kwargs)
 
@@ -239,7 +237,7 @@ class Loop:
                 return original(parameters, max_norm, *args, **kwargs)
             given: list[Any] = []
             if isinstance(parameters, GeneratorType):  # torch treats a generator in its own way, and warns when it is empty
-                total = original(_noting(parameters, given), max_norm, *args, **kwargs)
+                total = original(noting(parameters, given), max_norm, *args, **kwargs)
             else:
                 parameters = list(parameters) if isinstance(parameters, Iterator) else parameters
                 total = original(parameters, max_norm, *args, **kwargs)
@@ -270,14 +268,14 @@ class Loop:
                 # Another optimizer has taken over: what is known of this step's forward belongs to the step that begins.
                 self._end_round(forget=False)
             # A closure makes the gradients inside step(): they can only be read afterwards.
-            if _closure(args, kwargs) is None:
+            if closure_of(args, kwargs) is None:
                 self.emit("step_begin", optimizer, False)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self.awake():
             return
         with self.sheltered("step_end"):
-            if _closure(args, kwargs) is not None:
+            if closure_of(args, kwargs) is not None:
                 self.emit("step_begin", optimizer, True)
             self.emit("step_end", optimizer)
             self._round.append(id(optimizer))
@@ -332,10 +330,8 @@ class Loop:
             before = self.rounds, len(self._round)
             result = original(scaler, optimizer, *args, **kwargs)
             with self.sheltered("scaler"):
-                skipped = before == (self.rounds, len(self._round))
-                self.emit("scaler", float(scaler.get_scale()), skipped)
-                if skipped:
-                    self.end_step()
+                if before == (self.rounds, len(self._round)):
+                    self.end_step()  # the optimizer was not called: a step that the scaler left out
             return result
 
         return step
@@ -343,8 +339,15 @@ class Loop:
     def _around_scaler_update(self, original: Any) -> Any:
         @unseen
         def update(scaler: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.awake() or not scaler.is_enabled():
+                return original(scaler, *args, **kwargs)
+            before = float(scaler.get_scale())
             result = original(scaler, *args, **kwargs)
-            self.patient.scale = 1.0
+            with self.sheltered("scaler"):
+                after = float(scaler.get_scale())
+                self.patient.scale = 1.0
+                # The scale backs off after exactly those steps that were left out, also where a fused optimizer leaves them out itself.
+                self.emit("scaler", after, after < before and not args and not kwargs)
             return result
 
         return update
@@ -378,21 +381,3 @@ class Loop:
 
 def _remove(hooks: dict[int, Any], number: int) -> None:
     hooks.pop(number, None)
-
-
-def _first(tensors: Any) -> Tensor | None:
-    """The tensor that a backward begins with; None if it is something else."""
-    first = tensors[0] if isinstance(tensors, (tuple, list)) and tensors else tensors
-    return first if isinstance(first, Tensor) else None
-
-
-def _noting(parameters: Generator[Any, Any, Any], given: list[Any]) -> Iterator[Any]:
-    """A generator of the same, which leaves in `given` what it gave."""
-    for parameter in parameters:
-        given.append(parameter)
-        yield parameter
-
-
-def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The closure that an optimizer's step was given, or None."""
-    return kwargs.get("closure") or next((a for a in args if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_internals
 
-from sickbay.patient import ForwardCall, user_line
+from sickbay.patient import ForwardCall, has_parameters, user_line
 
 _IDS = itertools.count(-0x51C6, -1)  # torch counts its own hook ids upwards from 0; a pickle shows the ids of the user's hooks
 _DICTIONARIES = ("_forward_hooks", "_forward_hooks_always_called")
@@ -174,11 +174,6 @@ class Outermost:
                 holder = holder.original
             if stand_in.written:  # the handle of a hook registered during the call refers to it weakly
                 self._kept.append(stand_in)
-
-
-def has_parameters(module: nn.Module) -> bool:
-    """True if `module` or a part of it has a parameter."""
-    return next(module.parameters(), None) is not None
 
 
 def _autocast_now() -> tuple[str, torch.dtype] | None:

@@ -20,8 +20,8 @@ class Scaling:
         self.record = record
 
     def scaler(self, scale: float, skipped: bool) -> None:
-        # A step that ran has been closed already: its readings belong to the step before the current one.
-        step = self.record.step if skipped else max(0, self.record.step - 1)
+        # The step has been closed by now, whether it ran or was left out.
+        step = max(0, self.record.step - 1)
         self.record.read("loss_scale", scale, step=step)
         self.record.read("skipped_step", float(skipped), step=step)
 
