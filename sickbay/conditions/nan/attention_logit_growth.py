@@ -70,7 +70,7 @@ def inject(case: Any) -> Any:
         for block in model.blocks:
             block.attention.query_key_value.weight.data[: 2 * sick.config.dim] *= 1.1
 
-    return case.but(update=update)
+    return case.but(update=update, steps=max(case.steps, 60))
 
 
 condition = Condition(
