@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.abc
-import importlib.util
 import os
 import sys
 import time
@@ -50,7 +48,7 @@ class Watch:
             from sickbay.probes.loop import Loop
 
             self._patient = Patient()
-            self._loop = Loop(self._patient, self.record)
+            self._loop = Loop(self._patient, self.record, self.settings.max_steps)
             self._began = time.monotonic()
             self._detach.append(self._loop.detach)
             self._loop.attach()
@@ -148,40 +146,10 @@ class Watch:
         return checkup(self.chart(), registry.chosen(self.settings.select, self.settings.ignore))
 
 
-class _WhenTorchArrives(importlib.abc.MetaPathFinder):
-    """Attaches the watch right after torch's own import, so that a script without torch pays nothing."""
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "torch":
-            return None
-        with contextlib.suppress(ValueError):
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("torch")
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: Any) -> None:
-            execute(module)
-            try:
-                self._watch.attach()
-            except Exception as problem:
-                self._watch.record.fact("problems", [{"probe": "watch", "event": "attach", "step": 0, "error": repr(problem)[:300]}])
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def start(settings: Settings, rank: int = 0) -> Watch:
-    """A watch that attaches by itself as soon as torch is there. Never raises once the record is open."""
+    """A watch over a process that has just imported torch."""
     watch = Watch(settings, rank)
-    if "torch" in sys.modules:
-        watch.attach()
-    else:
-        sys.meta_path.insert(0, _WhenTorchArrives(watch))
+    watch.attach()
     return watch
 
 

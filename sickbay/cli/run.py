@@ -41,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail-on", choices=("critical", "warning"), help=f"exit {FINDINGS_EXIT} if the script succeeded but this or worse was found"
     )
-    parser.add_argument("--debug", action="store_true", help="also record shapes and finite values of every operation (slow)")
-    parser.add_argument("--profile", action="store_true", help="also keep a profiler trace of a few steps")
+    parser.add_argument("--debug", action="store_true", help="keep sickbay's own frames in tracebacks (also SICKBAY_DEBUG=1)")
     parser.add_argument("--json", action="store_true", help="print report.json on stdout after the script's own output")
     parser.add_argument("--treat", default="off", help=argparse.SUPPRESS)
 
@@ -112,7 +111,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
         registry.chosen(select, ignore)
     debug = args.debug or os.environ.get("SICKBAY_DEBUG", "") == "1"
-    return Settings(select=select, ignore=ignore, max_steps=args.max_steps, debug=debug, profile=args.profile)
+    return Settings(select=select, ignore=ignore, max_steps=args.max_steps, debug=debug)
 
 
 def _names(lists: list[str]) -> tuple[str, ...]:

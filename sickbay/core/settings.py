@@ -12,14 +12,17 @@ MEGABYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of one watched run. `out`: the run's folder; `max_record_bytes`: bound of one rank's record."""
+    """The options of one watched run.
+
+    `out`: the run's folder; `max_steps`: optimizer steps after which the script is ended, 0 = never; `max_record_bytes`: bound of one
+    rank's record.
+    """
 
     out: str = ""
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     max_steps: int = 0
     debug: bool = False
-    profile: bool = False
     max_record_bytes: int = 256 * MEGABYTE
 
     def to_json(self) -> str:

@@ -1,7 +1,7 @@
 """The one place that hooks torch: it turns what a training loop does into events, and every other probe only listens.
 
 Events, in the order a plain loop causes them:
-    forward_begin(call)  loss(loss_call)  forward_end(call, output)  backward_begin(loss, kind)  backward_end(loss, kind)
+    forward_begin(call)  loss(loss_call)  forward_end(call, output)  backward_asked()  backward_begin(loss, kind)  backward_end(loss, kind)
     unscaled()  clip(norm, max_norm, parameters)  step_begin(optimizer)  step_end(optimizer)  scaler(scale, skipped)  round_end(step)
     functional(rerun)  optimizer_created(optimizer)
 
@@ -29,7 +29,7 @@ from sickbay.core.record import RecordWriter
 from sickbay.patient import ForwardCall, Patient, tensors_in
 from sickbay.probes.arguments import closure_of, first_tensor, noting
 from sickbay.probes.outermost import Outermost, hook_id
-from sickbay.probes.unseen import out_of_sight, unseen
+from sickbay.probes.unseen import interpose, out_of_sight, unseen
 
 _MAX_PROBLEMS = 32
 
@@ -37,8 +37,8 @@ _MAX_PROBLEMS = 32
 class Loop:
     """Emits events to listeners; a listener that raises is dropped and named in the report, and the script never notices."""
 
-    def __init__(self, patient: Patient, record: RecordWriter) -> None:
-        self.patient, self.record = patient, record
+    def __init__(self, patient: Patient, record: RecordWriter, max_steps: int = 0) -> None:
+        self.patient, self.record, self.max_steps = patient, record, max_steps
         self.seconds = 0.0
         self.rounds = 0
         self._listeners: dict[str, list[tuple[Any, Callable[..., None]]]] = {}
@@ -117,6 +117,7 @@ class Loop:
     # --- attaching ------------------------------------------------------------------------------------------------
     def attach(self) -> None:
         """Hook torch; `detach` undoes all of it."""
+        self._undo.append(interpose(Tensor.backward, self._around_method))
         self._replace(torch.autograd, "backward", self._around_backward)
         self._replace(torch.autograd, "grad", self._around_grad)
         self._replace(torch.nn.utils, "clip_grad_norm_", self._around_clip)
@@ -177,6 +178,15 @@ class Loop:
             if isinstance(tensors, Iterator):
                 tensors = tuple(tensors)
             return self._during("backward", first_tensor(tensors), original, tensors, *args, **kwargs)
+
+        return backward
+
+    def _around_method(self, original: Any) -> Any:
+        @unseen
+        def backward(*args: Any, **kwargs: Any) -> Any:
+            if self.awake() and not self._backward_depth:
+                self.emit("backward_asked")
+            return original(*args, **kwargs)
 
         return backward
 
@@ -281,6 +291,8 @@ class Loop:
             self._round.append(id(optimizer))
             if self._round[-1] == (self._last_round or self._round)[-1]:
                 self._end_round()
+        if 0 < self.max_steps <= self.record.step:
+            raise SystemExit(0)  # what the user asked for: the script ends here, as by its own sys.exit
 
     def _end_round(self, forget: bool = True) -> None:
         self._last_round, self._round = self._round, []
