@@ -11,7 +11,7 @@ import sys
 
 TYPE_CHECKING = False  # typing itself would cost every script its import
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType, TracebackType
     from typing import Any
@@ -78,9 +78,10 @@ class _WhenTorchArrives:
             # What sickbay imports now must be the library's, and must not run a file of the script's.
             sys.path[:] = [entry for entry in path if os.path.realpath(entry or os.curdir) != self._folder]
         try:
-            from sickbay import doctor
+            from sickbay import doctor, tracebacks
             from sickbay.core.settings import Settings
 
+            self._ending.clean = tracebacks.as_in_plain_python
             self._ending.watch = doctor.start(Settings.from_json(self._settings_text), rank=_rank())
             _take_reason(self._out, _rank())
         except Exception as problem:
@@ -96,6 +97,7 @@ class _Ending:
 
     def __init__(self, keep_frames: bool) -> None:
         self.watch: Any = None
+        self.clean: Callable[[BaseException], None] | None = None
         self._keep_frames = keep_frames
         self._process = os.getpid()
         self._python_hook = sys.excepthook
@@ -110,8 +112,12 @@ class _Ending:
         sys.excepthook = sys.__excepthook__ = self._on_exception
 
     def _on_exception(self, kind: type[BaseException], exception: BaseException, traceback: TracebackType | None) -> None:
-        if not self._keep_frames:
-            _leave_out_own_frames(exception)
+        if self.clean is not None and not self._keep_frames:
+            try:
+                self.clean(exception)
+                traceback = exception.__traceback__
+            except Exception as problem:
+                sys.stderr.write(f"sickbay: the traceback holds frames of its own: {type(problem).__name__}: {problem}\n")
         # Python stores the exception there only when it really is uncaught; scripts may call the hook to print one they caught.
         if getattr(sys, "last_value", None) is exception:
             self._tell("failed", exception)
@@ -129,27 +135,6 @@ class _Ending:
             self.watch.finish(ended, exception)
         except BaseException as problem:  # also a second ctrl-C: the script's own ending goes on
             sys.stderr.write(f"sickbay: the watch did not end well: {type(problem).__name__}: {problem}\n")
-
-
-def _leave_out_own_frames(exception: BaseException) -> None:
-    """The tracebacks of `exception`, and of those that it came from, name no function of sickbay's: wrapped torch calls look unwrapped."""
-    own = os.path.dirname(os.path.abspath(__file__)) + os.sep
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [exception]
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        waiting += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
-        entry = current.__traceback__
-        while entry is not None:
-            following = entry.tb_next
-            while following is not None and following.tb_frame.f_code.co_filename.startswith(own):
-                following = following.tb_next
-            if following is not entry.tb_next:
-                entry.tb_next = following
-            entry = following
 
 
 def _script_folder() -> str:

@@ -80,6 +80,9 @@ class Examiner:
         if call.grad_enabled and not self.patient.compiled:
             self._lines.begin()
 
+    def backward_asked(self) -> None:
+        self._lines.end()
+
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         self._lines.end()
         if kind == "func" or loss is None or loss.numel() != 1:
@@ -233,6 +236,7 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | Non
     for event in (
         "forward_begin",
         "forward_end",
+        "backward_asked",
         "backward_begin",
         "backward_end",
         "functional",

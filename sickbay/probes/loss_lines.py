@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sickbay.patient import user_line
+from sickbay.probes.unseen import unseen
 
 STEPS = 2
 MAX_SEGMENTS = 16
@@ -79,18 +80,23 @@ class Recorder(TorchFunctionMode):
         self.recording = True
         self.thread = threading.get_ident()
 
+    @unseen
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.recording or len(self.made) >= MAX_NODES:
             return func(*args, **(kwargs or {}))
         before = torch._C._autograd._get_sequence_nr()
         result = func(*args, **(kwargs or {}))
+        self.note(func, result, before)
+        return result
+
+    def note(self, func: Any, result: Any, before: int) -> None:
+        """What `func` made since sequence number `before` is known, if its `result` is a tensor with history. Never raises."""
         try:
             first = result[0] if isinstance(result, (tuple, list)) and result else result
             if isinstance(first, Tensor) and first.grad_fn is not None:
                 self._note(func, first.grad_fn, before)
         except Exception:
             self.recording = False
-        return result
 
     def _note(self, func: Any, node: Any, before: int) -> None:
         fresh = {node}
@@ -103,6 +109,22 @@ class Recorder(TorchFunctionMode):
         source, name = user_line(3), getattr(func, "__name__", str(func))
         made = sorted((child for child in fresh if child._sequence_nr() >= before), key=lambda child: int(child._sequence_nr()))
         self.made.extend((child.name(), name, source) for child in made)
+
+
+@unseen
+def call_beside(function: Any, args: Any, kwargs: Any) -> Any:
+    """The result of `function`, noted by a recorder that is not on the stack meanwhile: its warnings name the line they would name bare."""
+    mode = torch._C._get_function_stack_at(0) if torch._C._len_torch_function_stack() == 1 else None
+    if not isinstance(mode, Recorder) or not mode.recording:
+        return function(*args, **kwargs)
+    before = torch._C._autograd._get_sequence_nr()
+    torch._C._pop_torch_function_stack()
+    try:
+        result = function(*args, **kwargs)
+    finally:
+        torch._C._push_on_torch_function_stack(mode)
+    mode.note(function, result, before)
+    return result
 
 
 def take_out(mode: Any) -> bool:

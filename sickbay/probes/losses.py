@@ -14,6 +14,7 @@ from torch import Tensor
 from sickbay.core.record import RecordWriter
 from sickbay.patient import LossCall, Patient, user_line
 from sickbay.probes.loop import Loop
+from sickbay.probes.loss_lines import call_beside
 from sickbay.probes.unseen import interpose, unseen
 
 SIGNALS = ("eval_loss", "chance_loss", "ignored_targets")
@@ -52,14 +53,12 @@ class Losses:
                 return original(*args, **kwargs)
             self._depth += 1
             try:
-                value = original(*args, **kwargs)
+                value = call_beside(original, args, kwargs)
             finally:
                 self._depth -= 1
             if self.loop.awake() or self.patient.muted:
-                try:
+                with self.loop.sheltered("loss", self):
                     self._capture(name, value, args, kwargs)
-                except Exception as problem:
-                    self.loop.drop(self, "loss", problem)
             return value
 
         return loss_function

@@ -6,14 +6,29 @@ Python leaves frames out of a warning's `stacklevel` when their file's name hold
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_NOTHING = contextlib.nullcontext()
 _FILE = os.path.join(os.path.dirname(__file__), "<unseen importlib._bootstrap>")
+
+
+def out_of_sight() -> contextlib.AbstractContextManager[Any]:
+    """Inside, no function or dispatch mode that the script has switched on sees what is computed; nothing to do where there is none."""
+    if not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()):
+        return _NOTHING
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch._C.DisableTorchFunction())
+    stack.enter_context(_disable_current_modes())
+    return stack
 
 
 def unseen(function: Function) -> Function:
@@ -22,14 +37,14 @@ def unseen(function: Function) -> Function:
     return function
 
 
-def interpose(function: FunctionType, around: Callable[[Any], Callable[..., Any]]) -> Callable[[], None]:
+def interpose(function: Callable[..., Any], around: Callable[[Any], Callable[..., Any]]) -> Callable[[], None]:
     """Every call of `function` now goes to `around(original)`, by whatever name it was imported; the returned function undoes it.
 
     The function object stays the same one: pickles that name it, tables keyed by it and earlier imports of it go on working.
-    `function` must be plain Python without a closure; raises ValueError otherwise.
+    Raises ValueError unless `function` is plain Python without a closure.
     """
-    if function.__closure__:
-        raise ValueError(f"{function.__qualname__} has a closure: its code cannot be exchanged")
+    if not isinstance(function, FunctionType) or function.__closure__:
+        raise ValueError(f"{function!r} is no plain function, or has a closure: its code cannot be exchanged")
     code = function.__code__
     original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     original.__kwdefaults__, original.__annotations__ = function.__kwdefaults__, function.__annotations__
