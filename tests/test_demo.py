@@ -38,7 +38,7 @@ def test_the_tour_tells_what_is_planted_found_and_cured(tmp_path: Path, capsys: 
     assert max(len(line) for line in shown.splitlines()) <= 100
     assert "\x1b" not in shown
     for part in (
-        "step 6/6",
+        "6/6  loss",
         "HEALTHY",
         "1/2  causal-leak",
         "Attention without its mask.",
