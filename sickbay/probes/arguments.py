@@ -25,3 +25,10 @@ def noting(parameters: Generator[Any, Any, Any], given: list[Any]) -> Iterator[A
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The closure that an optimizer's step was given, or None."""
     return kwargs.get("closure") or next((a for a in args if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
+
+
+def clip_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, tuple[Any, ...]]:
+    """(parameters, max_norm, the other positional ones) of a clip_grad_norm_ that was given both; they are taken out of `kwargs`."""
+    given = [*args[:2]]
+    given += [kwargs.pop(name) for name in ("parameters", "max_norm")[len(given) :]]
+    return given[0], given[1], args[2:]

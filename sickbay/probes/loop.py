@@ -27,7 +27,7 @@ from torch.optim import optimizer as optimizer_internals
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import ForwardCall, Patient, tensors_in
-from sickbay.probes.arguments import closure_of, first_tensor, noting
+from sickbay.probes.arguments import clip_arguments, closure_of, first_tensor, noting
 from sickbay.probes.outermost import Outermost, hook_id
 from sickbay.probes.unseen import interpose, out_of_sight, unseen
 
@@ -242,9 +242,10 @@ class Loop:
 
     def _around_clip(self, original: Any) -> Any:
         @unseen
-        def clip_grad_norm_(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
-            if not self.awake():
-                return original(parameters, max_norm, *args, **kwargs)
+        def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
+            if not self.awake() or len(args) + len(kwargs.keys() & {"parameters", "max_norm"}) < 2:
+                return original(*args, **kwargs)
+            parameters, max_norm, args = clip_arguments(args, kwargs)
             given: list[Any] = []
             if isinstance(parameters, GeneratorType):  # torch treats a generator in its own way, and warns when it is empty
                 total = original(noting(parameters, given), max_norm, *args, **kwargs)
