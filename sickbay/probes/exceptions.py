@@ -21,7 +21,7 @@ _SHAPE = re.compile(
     r"shapes? cannot be multiplied|must match the size|size of tensor|is invalid for input of size|sizes of tensors must match|"
     r"stack expects each tensor|batch number of|feature number of|must be equal|expected .*(dimension|\bdim\b|batch_size|size|shape)|"
     r"normalized_shape|split_with_sizes|embed_dim|attn_mask|key_padding_mask|not divisible|broadcast|subscript|inconsistent tensor size|"
-    r"dimension out of range|shape mismatch|input and .* must have",
+    r"dimension out of range|shape mismatch|expanded size of the tensor|input and .* must have",
     re.IGNORECASE,
 )
 _TOKEN = re.compile(
@@ -139,6 +139,11 @@ def likely_shape_cause(message: str, shapes: list[dict[str, Any]], path: list[di
             if a in shape and b in shape and len(shape) >= 2:
                 return f"a tensor of shape {shape} carries both {a} and {b}: two axes are swapped (batch and time, or time and features)"
         return f"the two sides have {a} and {b} elements at axis {axis}: one lacks an axis (unsqueeze) or was cut to another length"
+    expanded = re.search(r"expanded size of the tensor \((\d+)\) must match the existing size \((\d+)\) .*dimension (\d+)", message)
+    if expanded:
+        wanted, there, along = map(int, expanded.groups())
+        reason = "the input is longer than the model was built for" if wanted > there else "two lengths that must agree differ"
+        return f"axis {along} is to have {wanted} elements and {there} are there: {reason}"
     view = re.search(r"shape '\[([^\]]*)\]' is invalid for input of size (\d+)", message)
     if view:
         asked, size = [int(part) for part in view.group(1).split(",")], int(view.group(2))
