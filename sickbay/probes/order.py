@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -43,11 +44,16 @@ class Held:
 
 @dataclass
 class MicroBatch:
-    """One backward of a step: `given` to backward, the loss function's own `mean`, and how many targets it `counted`."""
+    """One backward of a step: `given` to backward, the loss function's own `mean`, and how many targets it `counted`.
+
+    `line`: the user's line of the loss; `targets`: where the targets lie in memory, which two batches never share while one is kept.
+    """
 
     given: float
     mean: float
     counted: int
+    line: str = ""
+    targets: int = 0
 
 
 class Order:
@@ -65,7 +71,8 @@ class Order:
         self._print: tuple[float, ...] = ()
         self._micro: list[MicroBatch] = []
         self._accumulates = False
-        self._norm_after_backward = self._norm_before_clip = 0.0
+        self._norms_after_backward: dict[int, float] = {}
+        self._divided_before_clip = 0.0
         self._divided_by_hand = 1.0
         self._weighted_steps = 0
         self._backwards = 0
@@ -111,9 +118,10 @@ class Order:
             held.sources = [*held.sources[-3:], line]
         self._by_hand.backwards += 1
         self._by_hand.sources = [line]
-        if self._accumulates and self._weighted_steps < _FIRST_STEPS and len(self._everyone) == 1:
-            gradients = [gradient for optimizer in self._held for gradient in _gradients(optimizer)]
-            self._norm_after_backward = math.hypot(*norms_of(gradients, [])) / self.patient.scale
+        if self._accumulates and self._weighted_steps < _FIRST_STEPS:
+            held_now = [parameter for optimizer in self._held for parameter in _with_gradient(optimizer)]
+            norms = norms_of([parameter.grad for parameter in held_now if parameter.grad is not None], [])
+            self._norms_after_backward = {id(p): norm / self.patient.scale for p, norm in zip(held_now, norms)}
 
     # --- steps --------------------------------------------------------------------------------------------------
     def optimizer_created(self, optimizer: Any) -> None:
@@ -146,12 +154,12 @@ class Order:
         held.steps += 1
         held.backwards, held.carried, held.cleaned, held.finite = 0, None, False, True
         self._torch_steps += 1
-        self._write_weighting()
-        self._norm_after_backward = self._norm_before_clip = 0.0
+        self._write_weighting(optimizer)
 
     def clip(self, total: Any, max_norm: float, parameters: list[Tensor]) -> None:
-        if self._norm_after_backward:
-            self._norm_before_clip = float(total) / self.patient.scale
+        before = self._norm_after_backward(parameters)
+        if before and math.isfinite(float(total)):
+            self._divided_before_clip = float(total) / self.patient.scale / before
 
     def scaler(self, scale: float, skipped: bool) -> None:
         self._skips += skipped
@@ -175,16 +183,26 @@ class Order:
         if call.reduction == "sum" and counted:
             mean /= counted
         given = loss.item() / self.patient.scale if loss.numel() == 1 else math.nan
-        self._micro.append(MicroBatch(given, mean, counted))
+        self._micro.append(MicroBatch(given, mean, counted, call.source, call.targets.data_ptr()))
 
-    def _write_weighting(self) -> None:
+    def _norm_after_backward(self, parameters: list[Tensor]) -> float:
+        """The gradients' norm over `parameters` as the last backward left them; 0 where it was not taken."""
+        return math.hypot(*(self._norms_after_backward.get(id(parameter), 0.0) for parameter in parameters))
+
+    def _write_weighting(self, optimizer: Any) -> None:
+        if not self._micro:
+            return  # written when another optimizer made its step with the same gradients
+        before, after = self._norm_after_backward(_with_gradient(optimizer)), self._divided_before_clip
+        self._norms_after_backward, self._divided_before_clip = {}, 0.0
         micro, self._micro = self._micro, []
         was_accumulating, self._accumulates = self._accumulates, len(micro) > 1
         if len(micro) < 2 or not was_accumulating or not all(math.isfinite(m.given) and m.mean > 0 and m.counted for m in micro):
             return
+        if not _parts_of_one_batch(micro):
+            return
         # Gradients that the script divides by its own hand before the step were weighted there.
-        if self._norm_after_backward:
-            self._divided_by_hand = (self._norm_before_clip or self.patient.norm_at_step) / self._norm_after_backward
+        if before:
+            self._divided_by_hand = after or self.patient.norm_at_step / before
         self._weighted_steps += 1
         weights = [m.given / m.mean * self._divided_by_hand for m in micro]
         total, tokens = sum(weights), sum(m.counted for m in micro)
@@ -218,10 +236,16 @@ class Order:
                 self.record.read("backwards_without_step", held.all_backwards, where=held.name, note=note, source=held.sources[-1])
 
 
-def _gradients(optimizer: Any) -> list[Tensor]:
-    """The dense gradients of the optimizer's parameters."""
-    held = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    return [gradient for gradient in held if gradient is not None and not gradient.is_sparse]
+def _with_gradient(optimizer: Any) -> list[Tensor]:
+    """The optimizer's parameters that hold a dense gradient."""
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter for parameter in held if parameter.grad is not None and not parameter.grad.is_sparse]
+
+
+def _parts_of_one_batch(micro: list[MicroBatch]) -> bool:
+    """False where the backwards of a step ask different things (several tasks' losses) or the same batch again (adversarial steps)."""
+    repeated = any(before.targets == after.targets for before, after in itertools.pairwise(micro))
+    return len({m.line for m in micro}) == 1 and not repeated
 
 
 def _has_gradient(optimizer: Any) -> bool:
@@ -235,4 +259,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     for event in ("backward_begin", "backward_end", "optimizer_created", "clip", "step_begin", "step_end", "scaler"):
         loop.on(event, probe, getattr(probe, event))
     loop.on("finish", probe, probe.finish)
+    loop.rests(probe)
     return lambda: None
