@@ -24,6 +24,7 @@ SOFTMAX = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_fused_attention_overrideable",
 )
+_SPREADS = ("var", "std", "var_mean", "std_mean")
 _RECENT = 24  # results kept before a loss: between the output layer and the loss lie a handful of views, a mask and a softmax
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -73,6 +74,8 @@ class Observation:
 class Rerun:
     """A forward that can be repeated: a module's call, or a function of no arguments. Only the first `rows` of the batch if given.
 
+    `batch_statistics`: an observed repetition took mean and spread over the batch, as a batch-norm written by hand does.
+
     Every repetition starts from the same random state (torch, Python, numpy) and, where half precision was in use, runs in float32:
     rounding would hide small influences.
     """
@@ -82,6 +85,7 @@ class Rerun:
             raise ValueError("a Rerun needs a module's call or a function; got neither")
         self.call, self.function = call, function
         self.rows: int | None = None
+        self.batch_statistics = False
         self._torch_state, self._python_state = torch.get_rng_state(), random.getstate()
         numpy = sys.modules.get("numpy.random")
         self._numpy_state = numpy.get_state() if numpy else None
@@ -198,6 +202,7 @@ def observe(again: Rerun) -> Observation:
     """One repetition, everything about its sequences written down."""
     seen = Observation()
     recent: deque[Tensor] = deque(maxlen=_RECENT)
+    means: set[tuple[int, ...]] = set()
 
     def note(operation: Operation, result: Any) -> Any:
         found = lookup_of(operation) if operation.name in _LOOKUPS else None
@@ -214,6 +219,10 @@ def observe(again: Rerun) -> Observation:
             line = again.source(operation.source)
             seen.losses.append(LossOperation(len(seen.losses), loss[1].detach().clone(), loss[2], line, answers, loss[0].detach()))
         args = operation.args
+        if operation.name in _SPREADS or operation.name == "mean":
+            again.batch_statistics = again.batch_statistics or (_over_batch(args) and (operation.name != "mean" or args[0].shape in means))
+            if operation.name == "mean" and _over_batch(args):
+                means.add(tuple(args[0].shape))
         if (
             operation.name in ("eq", "ne")
             and len(args) == 2
@@ -236,6 +245,14 @@ def observe(again: Rerun) -> Observation:
 
     seen.output = again(note)
     return seen
+
+
+def _over_batch(args: tuple[Any, ...]) -> bool:
+    """True for a statistic over rows: over the first of two axes, or over the first and every other but one."""
+    if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], (list, tuple)):
+        return False
+    axes = {int(axis) % max(args[0].dim(), 1) for axis in args[1] if isinstance(axis, int)}
+    return 0 in axes and args[0].dim() >= 2 and args[0].shape[0] > 1 and len(axes) == args[0].dim() - 1
 
 
 def is_position_like(ids: Tensor) -> bool:
@@ -274,7 +291,9 @@ def time_axis(seen: Observation, shape: tuple[int, ...]) -> int | None:
     votes = [0, 0]
     for lookup in seen.lookups:
         if tuple(lookup.ids.shape) == shape:
-            alike = [(lookup.ids == lookup.ids[:1]).all(), (lookup.ids == lookup.ids[:, :1]).all()]
+            alike = [bool((lookup.ids == lookup.ids[:1]).all()), bool((lookup.ids == lookup.ids[:, :1]).all())]
+            if alike[0] == alike[1]:  # positions that leave padding out (RoBERTa's) differ from row to row
+                alike = [is_position_like(lookup.ids), is_position_like(lookup.ids.t())]
             if alike[0] != alike[1]:
                 votes[1 if alike[0] else 0] += 1
         elif is_position_like(lookup.ids) and lookup.ids.shape[0] == 1 and shape[0] != shape[1] and lookup.ids.shape[1] in shape:
