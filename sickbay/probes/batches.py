@@ -18,6 +18,7 @@ from sickbay.probes.loop import Loop
 SIGNALS = ("batch_repeat", "training_mode", "evaluation_mode")
 
 _SAMPLE = 2048  # elements of a tensor that make its fingerprint
+_CUT = 4  # a data set is larger than its batch; a batch without its last token, or by halves, is not much smaller than itself
 _MAX_KNOWN = 200_000
 
 
@@ -59,7 +60,8 @@ class Batches:
         before = self._seen.get(mark)
         # One tensor kept and used again is a choice; an equal one made anew is what a broken loader gives.
         kept = self._last_tensor is not None and self._last_tensor() is tensor
-        self._last_step, self._last_tensor = self.record.step, weakref.ref(tensor)
+        self._last_step = self.record.step
+        self._last_tensor = weakref.ref(tensor)
         note = {"same_object": True} if kept and before is not None else None
         self.record.read("batch_repeat", 0 if before is None else self.record.step - before, note=note)
         if len(self._seen) < _MAX_KNOWN:
@@ -97,8 +99,13 @@ def fingerprint(value: Any) -> tuple[int, Tensor | None]:
         sample = tensor.detach().reshape(-1)[:_SAMPLE].contiguous()
         varied = varied or bool((sample != sample[0]).any())
         mark = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), mark + tensor.numel())
-    first = chosen[0] if chosen else None
-    return (mark if varied else 0), (first if first is None or first._base is None else first._base)
+    return (mark if varied else 0), (_kept(chosen[0]) if chosen else None)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """What the script keeps hold of: `tensor`, or the tensor that it is nearly the whole of; a small cut of a data set is made anew."""
+    base = tensor._base
+    return tensor if base is None or base.numel() > _CUT * tensor.numel() else base
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:

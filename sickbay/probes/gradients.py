@@ -56,7 +56,7 @@ class Gradients:
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group and not isinstance(group["lr"], Tensor)]
+        rates = [float(group["lr"]) for group in optimizer.param_groups if isinstance(group.get("lr"), (int, float))]  # Adafactor has None
         if rates:
             self.record.read("learning_rate", max(rates), source=self._made_at.get(optimizer, ""))
         dense = [p for p in parameters if p.grad is not None and p.grad.layout == torch.strided]

@@ -2,8 +2,10 @@
 
 Events, in the order a plain loop causes them:
     forward_begin(call)  loss(loss_call)  forward_end(call, output)  backward_asked()  backward_begin(loss, kind)  backward_end(loss, kind)
-    unscaled()  clip(norm, max_norm, parameters)  step_begin(optimizer)  step_end(optimizer)  scaler(scale, skipped)  round_end(step)
-    functional(rerun)  optimizer_created(optimizer)
+    unscaled()  clip(norm, max_norm, parameters)  step_begin(optimizer, late)  step_end(optimizer)  scaler(scale, skipped)
+    round_end(step)  functional(rerun)  optimizer_created(optimizer)
+
+A step that is given a closure makes its gradients inside: closure_begin(optimizer) comes before it, step_begin with `late` after it.
 
 Only outermost module calls are seen (outermost.py). `kind` is "backward", "grad" (torch.autograd.grad) or "func".
 Whatever goes wrong in here is named in the report and reaches no script; only ctrl-C and the like pass through.
@@ -281,6 +283,8 @@ class Loop:
             # A closure makes the gradients inside step(): they can only be read afterwards.
             if closure_of(args, kwargs) is None:
                 self.emit("step_begin", optimizer, False)
+            else:
+                self.emit("closure_begin", optimizer)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self.awake():

@@ -47,24 +47,36 @@ class Updates:
                 self.record.read("nonfinite_weight", count, where=name, note={"updates_before": 0}, source=user_line(4))
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
+        if not late:
+            self._look(optimizer, True)
+
+    def closure_begin(self, optimizer: Any) -> None:
+        """The step will make its gradients itself: whatever may get one is copied."""
+        self._look(optimizer, False)
+
+    def _look(self, optimizer: Any, have_gradients: bool) -> None:
+        """On a sampled step the weights about to change are kept, as many as the limit allows."""
         self._before, self._watched = [], []
         count = self._steps.get(id(optimizer), 0)
         self._steps[id(optimizer)] = count + 1
-        if late or (count not in _EARLY and count % _EVERY):
+        if count not in _EARLY and count % _EVERY:
             return
         used = 0
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 rate = group.get("lr", 0.0)
                 size = parameter.numel() * parameter.element_size()
-                if parameter.grad is not None and parameter.is_floating_point() and used + size <= _MAX_BYTES:
+                waiting = parameter.requires_grad and not have_gradients
+                if (parameter.grad is not None or waiting) and parameter.is_floating_point() and used + size <= _MAX_BYTES:
                     used += size
-                    self._watched.append((parameter, float(rate) if not isinstance(rate, Tensor) else float("nan")))
+                    self._watched.append((parameter, float(rate) if isinstance(rate, (int, float)) else float("nan")))
         self._before = [parameter.detach().clone() for parameter, _ in self._watched]
 
     def step_end(self, optimizer: Any) -> None:
-        if not self._watched:
+        kept = [(watched, before) for watched, before in zip(self._watched, self._before) if watched[0].grad is not None]
+        if not kept:
             return
+        self._watched, self._before = [watched for watched, _ in kept], [before for _, before in kept]
         after = [parameter.detach() for parameter, _ in self._watched]
         moved = torch._foreach_sub(after, self._before)
         sizes, weights = norms_of(list(moved), []), norms_of(self._before, [])
@@ -100,6 +112,6 @@ class Updates:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on sampled updates are measured."""
     probe = Updates(patient, record, loop)
-    for event in ("backward_begin", "step_begin", "step_end"):
+    for event in ("backward_begin", "closure_begin", "step_begin", "step_end"):
         loop.on(event, probe, getattr(probe, event))
     return lambda: None
