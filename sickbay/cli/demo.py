@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
             _close(stage, shown, time.monotonic() - began)
     except KeyboardInterrupt:
         stage.end_line()
-        stage.line(f"stopped; the reports made so far are in {folder}")
+        stage.line(f"stopped; the reports made so far are in {folder}", whole=True)
         raise
     if args.json:
         print(json.dumps(_result(healthy, shown, time.monotonic() - began), indent=2, ensure_ascii=False, allow_nan=False))
@@ -80,9 +80,9 @@ class Stage:
         self.file = file
         self._moving = False
 
-    def line(self, text: str = "", style: str = "") -> None:
-        """`text` on lines of its own, folded at the width."""
-        for part in textwrap.wrap(text, self.width) or [""]:
+    def line(self, text: str = "", style: str = "", whole: bool = False) -> None:
+        """`text` on lines of its own, folded at the width; on one line if `whole`, as a path must be to be copied."""
+        for part in [text] if whole else textwrap.wrap(text, self.width) or [""]:
             self._write(part, style)
 
     def row(self, label: str, text: str, style: str = "", code: bool = False) -> None:
@@ -237,7 +237,7 @@ def _close(stage: Stage, shown: list[Exhibit], seconds: float) -> None:
     for exhibit in shown:
         if not exhibit.found:
             stage.row("missed", exhibit.condition.id, "red")
-    stage.line(f"report: {last.sick.page}")
+    stage.line(f"report: {last.sick.page}", whole=True)
     stage.line("now your own: sickbay run train.py")
 
 

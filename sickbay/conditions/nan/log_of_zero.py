@@ -76,9 +76,11 @@ def inject(case: Any) -> Any:
     """A consistency term √(Σ(a-b)²) between two views that are equal: 0 forward, NaN backward."""
 
     def loss(sick: Any, model: Any, ids: Any, targets: Any) -> Any:
+        from torch.nn import functional
+
         logits_BTV = model(ids)
         apart_BT = (logits_BTV - logits_BTV.detach()).pow(2).sum(dim=-1).sqrt()
-        return case.loss(sick, model, ids, targets) + 0.1 * apart_BT.mean()
+        return functional.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten()) + 0.1 * apart_BT.mean()
 
     return case.but(loss=loss)
 
