@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +18,9 @@ from sickbay.exams import internals, masks, missing_gradient, nonfinite
 from sickbay.exams.fork import NoAnswer, can_fork
 from sickbay.exams.nonfinite import Finding
 from sickbay.exams.stretch import Stretch
-from sickbay.patient import Patient
+from sickbay.patient import Patient, is_user_file
 from sickbay.probes import loss_lines
-from sickbay.probes.gradients import parameter_names
+from sickbay.probes.gradients import clean, parameter_names
 from sickbay.probes.loop import Loop
 
 _MASK_SIGNALS = (
@@ -40,6 +41,7 @@ _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
 _SHARE = 0.02  # of the run's time that exams after the first ones may take
 _CHEAP = 0.15  # seconds: a question this cheap may be asked a few times early, so that short runs are looked at as well
 _CHEAP_QUESTIONS = 5
+_NO_HISTORY = "does not require grad and does not have a grad_fn"
 _TRACES = 2  # non-finite values traced before the rest is left alone
 
 
@@ -167,6 +169,7 @@ class Examiner:
             self.patient.losses, self.patient.calls = losses, calls
             cost = time.monotonic() - began
             self._spent += cost
+            self.patient.exam_seconds = self._spent
             self._dearest = max(self._dearest, cost)
 
     def _trace(self, what: Literal["loss", "gradient"], loss: Tensor | None) -> None:
@@ -209,8 +212,28 @@ class Examiner:
         note = {"names": names[:32], "backwards": backwards, **found}
         self.record.read("gradient_absent", len(names), where=names[0], note=note, source=str(found.get("source") or ""))
 
+    def failed(self, exception: Exception) -> None:
+        """A backward from a loss without history: every trainable parameter of the last forward is without gradient."""
+        if _NO_HISTORY not in str(exception):
+            return
+        root = self.patient.root
+        names = [clean(name) for name, p in root.named_parameters() if p.requires_grad] if root is not None else []
+        if not names:
+            return
+        answer = self._ask(lambda: missing_gradient.examine(self.patient, names))
+        found = answer if isinstance(answer, dict) else {}
+        line = str(found.get("source") or "") or _line_of(exception)
+        note = {"names": names[:32], "backwards": 1, "changes_output": True, "op": found.get("op") or "", "raised": True}
+        self.record.read("gradient_absent", len(names), where=names[0], note=note, source=line)
+
     def detach(self) -> None:
         self._lines.end()
+
+
+def _line_of(exception: BaseException) -> str:
+    """`file:line` of the user's innermost frame in the traceback; "" if there is none."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(exception.__traceback__)]
+    return next((f"{name}:{line}" for name, line in reversed(frames) if is_user_file(name)), "")
 
 
 def _is_scaled(loss: Tensor, value: Tensor) -> bool:
@@ -242,6 +265,7 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | Non
         "functional",
         "nonfinite",
         "gradient_absent",
+        "failed",
         "round_end",
     ):
         loop.on(event, examiner, getattr(examiner, event))

@@ -81,6 +81,7 @@ class Patient:
         self.scale = 1.0
         self.finished_backwards = 0
         self.norm_at_step = 0.0
+        self.exam_seconds = 0.0
         self.functional: Callable[[], Any] | None = None
         self.dead_units: dict[str, set[int]] = {}
 
@@ -180,14 +181,27 @@ def is_user_file(filename: str) -> bool:
 
 
 def stochastic_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The sub-modules whose train/eval mode changes the result: dropout with p > 0 and batch-norm."""
+    """The sub-modules whose train/eval mode changes the result: batch-norm, and dropout with p > 0 in whatever form."""
     return [
         (name, part)
         for name, part in module.named_modules()
         if (isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0)
         or isinstance(part, nn.modules.batchnorm._BatchNorm)
-        or (isinstance(part, nn.MultiheadAttention) and part.dropout > 0)
+        or (isinstance(part, (nn.MultiheadAttention, nn.RNNBase)) and part.dropout > 0)
+        or _drops_by_function(part)
     ]
+
+
+def _drops_by_function(module: nn.Module) -> bool:
+    """True for a user's module whose own forward calls a dropout function under `self.training`, with a probability above 0."""
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or not is_user_file(code.co_filename) or "training" not in code.co_names:
+        return False
+    keywords = [name for constant in code.co_consts if isinstance(constant, tuple) for name in constant if isinstance(name, str)]
+    if not any("dropout" in name for name in (*code.co_names, *keywords)):
+        return False
+    own = [value for name, value in vars(module).items() if isinstance(value, float) and ("drop" in name.lower() or name == "p")]
+    return any(0 < value < 1 for value in own or [constant for constant in code.co_consts if isinstance(constant, float)])
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[tuple[str, Tensor]]:

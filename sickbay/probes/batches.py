@@ -17,7 +17,7 @@ from sickbay.probes.loop import Loop
 
 SIGNALS = ("batch_repeat", "training_mode", "evaluation_mode")
 
-_SAMPLE = 2048  # elements of a tensor that make its fingerprint
+_SAMPLE = 512  # elements of a tensor that make its fingerprint
 _CUT = 4  # a data set is larger than its batch; a batch without its last token, or by halves, is not much smaller than itself
 _MAX_KNOWN = 200_000
 
@@ -31,7 +31,7 @@ class Batches:
         self.patient, self.record = patient, record
         self._seen: dict[int, int] = {}
         self._last_step = -1
-        self._last_tensor: weakref.ref[Tensor] | None = None
+        self._last_tensors: list[weakref.ref[Tensor]] = []
         self._stochastic: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, nn.Module]]] = weakref.WeakKeyDictionary()
         self._modes: dict[tuple[int, bool], float] = {}
         self._evaluations: dict[int, int] = {}
@@ -59,13 +59,19 @@ class Batches:
             return
         before = self._seen.get(mark)
         # One tensor kept and used again is a choice; an equal one made anew is what a broken loader gives.
-        kept = self._last_tensor is not None and self._last_tensor() is tensor
+        held = [whole for whole in (tensor, self._targets() if tensor.is_floating_point() else None) if whole is not None]
+        kept = any(ref() is whole for ref in self._last_tensors for whole in held)
         self._last_step = self.record.step
-        self._last_tensor = weakref.ref(tensor)
+        self._last_tensors = [weakref.ref(whole) for whole in held]
         note = {"same_object": True} if kept and before is not None else None
         self.record.read("batch_repeat", 0 if before is None else self.record.step - before, note=note)
         if len(self._seen) < _MAX_KNOWN:
             self._seen[mark] = self.record.step
+
+    def _targets(self) -> Tensor | None:
+        """The tensor that the newest loss's targets are a part of: where inputs are computed anew, kept targets tell a full-batch run."""
+        losses = [call.targets for call in self.patient.losses if call.grad_enabled and not call.spent]
+        return _kept(losses[-1]) if losses else None
 
     def _mode(self, signal: str, call: ForwardCall) -> None:
         parts = self._stochastic.get(call.module)
@@ -113,4 +119,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     probe = Batches(patient, record, loop)
     for event in ("forward_end", "backward_begin", "functional"):
         loop.on(event, probe, getattr(probe, event))
+    loop.rests(probe)
     return lambda: None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import traceback
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -63,7 +64,15 @@ def _kind(exception: BaseException, message: str) -> str:
         return "token-id"
     if isinstance(exception, (RuntimeError, ValueError, AssertionError, IndexError)) and _SHAPE.search(message):
         return "shape"
+    if isinstance(exception, ValueError) and "values to unpack" in message and _unpacks_a_shape(exception):
+        return "shape"
     return "other"
+
+
+def _unpacks_a_shape(exception: BaseException) -> bool:
+    """True if the line that failed takes a tensor's shape apart."""
+    last = traceback.extract_tb(exception.__traceback__)[-1].line or ""
+    return ".shape" in last or ".size()" in last
 
 
 def _module_path(frames: list[tuple[FrameType, int]], patient: Patient) -> list[dict[str, Any]]:
@@ -152,6 +161,9 @@ def likely_shape_cause(message: str, shapes: list[dict[str, Any]], path: list[di
     if pair:
         a, b = map(int, pair.groups())
         return f"logits have {a} rows and targets {b}: only one of them was shifted by a token or flattened"
+    unpacked = re.search(r"values to unpack \(expected (\d+)(?:, got (\d+))?\)", message)
+    if unpacked:
+        return f"the code takes a shape of {unpacked.group(1)} axes apart and the tensor has {unpacked.group(2) or 'more'}"
     if re.search(r"must match|must be equal|same size|equal size", message, re.IGNORECASE):
         return "rows of different length meet: pad them to one length, or check which axis is the batch"
     return ""

@@ -31,9 +31,13 @@ from sickbay.core.record import RecordWriter
 from sickbay.patient import ForwardCall, Patient, tensors_in
 from sickbay.probes.arguments import clip_arguments, closure_of, first_tensor, noting
 from sickbay.probes.outermost import Outermost, hook_id
+from sickbay.probes.pace import Pace
 from sickbay.probes.unseen import interpose, out_of_sight, unseen
 
 _MAX_PROBLEMS = 32
+_OF_A_STEP = frozenset(
+    ("forward_begin", "forward_end", "loss", "backward_begin", "backward_end", "clip", "closure_begin", "step_begin", "step_end")
+)
 
 
 class Loop:
@@ -43,7 +47,9 @@ class Loop:
         self.patient, self.record, self.max_steps = patient, record, max_steps
         self.seconds = 0.0
         self.rounds = 0
+        self.pace = Pace()
         self._listeners: dict[str, list[tuple[Any, Callable[..., None]]]] = {}
+        self._resting: set[Any] = set()
         self._undo: list[Callable[[], None]] = []
         self._thread, self._process = threading.get_ident(), os.getpid()
         self._backward_depth = 0
@@ -58,10 +64,16 @@ class Loop:
         """`listener` is called at every `event` until its probe fails once."""
         self._listeners.setdefault(event, []).append((probe, listener))
 
+    def rests(self, probe: Any) -> None:
+        """From now on `probe` hears nothing of the steps that are only glanced at, from their first event to their last."""
+        self._resting.add(probe)
+
     def emit(self, event: str, *args: Any) -> None:
         """Tell all listeners; never raises. A mode that the script has switched on sees nothing of what they compute."""
         began = time.perf_counter()
         listeners = tuple(self._listeners.get(event, ()))
+        if self.pace.resting and event in _OF_A_STEP:
+            listeners = tuple((probe, listener) for probe, listener in listeners if probe not in self._resting)
         with out_of_sight():
             for probe, listener in listeners:
                 try:
@@ -120,20 +132,15 @@ class Loop:
     def attach(self) -> None:
         """Hook torch; `detach` undoes all of it."""
         self._undo.append(interpose(Tensor.backward, self._around_method))
-        self._replace(torch.autograd, "backward", self._around_backward)
-        self._replace(torch.autograd, "grad", self._around_grad)
-        self._replace(torch.nn.utils, "clip_grad_norm_", self._around_clip)
-        self._replace(torch.nn.utils.clip_grad, "clip_grad_norm_", self._around_clip)
-        self._replace(torch.optim.Optimizer, "__init__", self._around_optimizer_init)
-        self._replace(torch, "compile", self._around_compile)
-        self._replace(nn.Module, "compile", self._around_module_compile)
+        self.replace(torch.autograd, "backward", self._around_backward)
+        self.replace(torch.autograd, "grad", self._around_grad)
+        self.replace(torch.nn.utils, "clip_grad_norm_", self._around_clip)
+        self.replace(torch.nn.utils.clip_grad, "clip_grad_norm_", self._around_clip)
+        self.replace(torch.optim.Optimizer, "__init__", self._around_optimizer_init)
+        self.replace(torch, "compile", self._around_compile)
+        self.replace(nn.Module, "compile", self._around_module_compile)
         for name in ("grad", "grad_and_value"):
-            self._replace(torch.func, name, self._around_func)
-        scaler = torch.amp.grad_scaler.GradScaler
-        self._replace(scaler, "scale", self._around_scale)
-        self._replace(scaler, "unscale_", self._around_unscale)
-        self._replace(scaler, "step", self._around_scaler_step)
-        self._replace(scaler, "update", self._around_scaler_update)
+            self.replace(torch.func, name, self._around_func)
         number = hook_id()
         for hooks, hook in (
             (optimizer_internals._global_optimizer_pre_hooks, self._before_step),
@@ -149,7 +156,8 @@ class Loop:
         while self._undo:
             self._undo.pop()()
 
-    def _replace(self, owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+    def replace(self, owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+        """`owner.name` is `around(original)` until `detach`."""
         original = owner.__dict__[name]
         replacement = functools.wraps(original)(around(original))
         setattr(owner, name, replacement)
@@ -262,12 +270,13 @@ class Loop:
 
         return clip_grad_norm_
 
-    # --- optimizers, loss scaling, compilation ------------------------------------------------------------------------
+    # --- optimizers, compilation ------------------------------------------------------------------------
     def _around_optimizer_init(self, original: Any) -> Any:
         @unseen
         def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             original(optimizer, *args, **kwargs)
             if self.awake():
+                self.pace.wake()
                 self.emit("optimizer_created", optimizer)
 
         return __init__
@@ -299,6 +308,10 @@ class Loop:
         if 0 < self.max_steps <= self.record.step:
             raise SystemExit(0)  # what the user asked for: the script ends here, as by its own sys.exit
 
+    def steps_taken(self) -> tuple[int, int]:
+        """Changes whenever an optimizer steps."""
+        return self.rounds, len(self._round)
+
     def _end_round(self, forget: bool = True) -> None:
         self._last_round, self._round = self._round, []
         self.end_step(forget)
@@ -310,64 +323,13 @@ class Loop:
             self.patient.forget_step()
         self.rounds += 1
         self.emit_seconds()
+        self.pace.step_over(self.seconds - self.patient.exam_seconds)
 
     def emit_seconds(self) -> None:
         """Write and commit the step; the time it takes counts as ours."""
         began = time.perf_counter()
         self.record.end_step()
         self.seconds += time.perf_counter() - began
-
-    def _around_scale(self, original: Any) -> Any:
-        @unseen
-        def scale(scaler: Any, outputs: Any) -> Any:
-            result = original(scaler, outputs)
-            if self.awake() and scaler.is_enabled():
-                with self.sheltered("scale"):
-                    self.patient.scale = float(scaler.get_scale())
-            return result
-
-        return scale
-
-    def _around_unscale(self, original: Any) -> Any:
-        @unseen
-        def unscale_(scaler: Any, optimizer: Any) -> Any:
-            result = original(scaler, optimizer)
-            if self.awake():
-                self.patient.scale = 1.0
-                self.emit("unscaled")
-            return result
-
-        return unscale_
-
-    def _around_scaler_step(self, original: Any) -> Any:
-        @unseen
-        def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.awake() or not scaler.is_enabled():
-                return original(scaler, optimizer, *args, **kwargs)
-            before = self.rounds, len(self._round)
-            result = original(scaler, optimizer, *args, **kwargs)
-            with self.sheltered("scaler"):
-                if before == (self.rounds, len(self._round)):
-                    self.end_step()  # the optimizer was not called: a step that the scaler left out
-            return result
-
-        return step
-
-    def _around_scaler_update(self, original: Any) -> Any:
-        @unseen
-        def update(scaler: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.awake() or not scaler.is_enabled():
-                return original(scaler, *args, **kwargs)
-            before = float(scaler.get_scale())
-            result = original(scaler, *args, **kwargs)
-            with self.sheltered("scaler"):
-                after = float(scaler.get_scale())
-                self.patient.scale = 1.0
-                # The scale backs off after exactly those steps that were left out, also where a fused optimizer leaves them out itself.
-                self.emit("scaler", after, after < before and not args and not kwargs)
-            return result
-
-        return update
 
     def _around_compile(self, original: Any) -> Any:
         @unseen

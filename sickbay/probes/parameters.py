@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sickbay.core.record import RecordWriter
-from sickbay.patient import Patient, bare, user_line
-from sickbay.probes.gradients import named_parameters
+from sickbay.patient import ForwardCall, Patient, bare, user_line
+from sickbay.probes.gradients import named_parameters, parameter_names
 from sickbay.probes.graph import leaves_with_distance
 from sickbay.probes.loop import Loop
 
@@ -21,6 +22,16 @@ SIGNALS = ("missing_from_optimizer", "stale_in_optimizer", "gradient_absent", "t
 _LOOK_AT = (0, 1, 2, 5, 20, 100)
 _TIED = re.compile(r"(^|_)(tie|tied|tying|share|shared)(_|$)")
 _MAX_NAMES = 32
+_SURE_AFTER = 2  # steps of the optimizer, before what runs without gradients counts as never trained
+
+
+@dataclass
+class Called:
+    """The newest step in which a module was an outermost call; `graph`: with gradients enabled in one of that step's calls at least."""
+
+    step: int
+    graph: bool
+    source: str
 
 
 class Parameters:
@@ -38,11 +49,18 @@ class Parameters:
         self._ties_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._reported: set[tuple[str, ...]] = set()
         self._graph_looks = 0
+        self._called: weakref.WeakKeyDictionary[nn.Module, Called] = weakref.WeakKeyDictionary()
+
+    def forward_begin(self, call: ForwardCall) -> None:
+        before = self._called.get(call.module)
+        graph = call.grad_enabled or (before is not None and before.step == self.record.step and before.graph)
+        self._called[call.module] = Called(self.record.step, graph, call.source)
 
     def optimizer_created(self, optimizer: Any) -> None:
         self.patient.optimizers.add(optimizer)
         self._created_at[optimizer] = user_line(4)
         self._graph_looks = 0
+        self._distances.clear()  # of a model whose training ended, and its optimizer with it
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         root = self.patient.root
@@ -65,7 +83,7 @@ class Parameters:
         self.patient.optimizers.add(optimizer)
         held = {id(p): p for o in self.patient.optimizers for group in o.param_groups for p in group["params"]}
         model = {id(p): (name, p) for root in self._trained_roots() for name, p in named_parameters(root)}
-        for parameter in (p for _, p in model.values()):
+        for parameter in [*(p for _, p in model.values()), *(p for group in optimizer.param_groups for p in group["params"])]:
             if parameter.grad is not None:
                 self._had_gradient[id(parameter)] = weakref.ref(parameter)
         self._find_missing(optimizer, held, model)
@@ -109,11 +127,39 @@ class Parameters:
     def _find_without_gradient(
         self, optimizer: Any, held: dict[int, Tensor], model: dict[int, tuple[str, nn.Parameter]], count: int
     ) -> None:
-        absent = [name for name, p in model.values() if p.requires_grad and p.grad is None and not self._ever_had_gradient(p)]
-        with_gradient = any(p.grad is not None for p in held.values())
-        if absent and with_gradient and tuple(absent) not in self._reported:
+        if not any(p.grad is not None for p in held.values()):
+            return
+        cut_off = self._find_cut_off(optimizer, count)
+        # What no optimizer holds is meant to stay as it is, whether or not requires_grad says so.
+        absent = [name for key, (name, p) in model.items() if key in held and key not in cut_off and self._is_without(p)]
+        if absent and tuple(absent) not in self._reported:
             self._reported.add(tuple(absent))
             self.loop.emit("gradient_absent", absent, count + 1)
+
+    def _find_cut_off(self, optimizer: Any, count: int) -> set[int]:
+        """The optimizer's parameters in modules that this step ran and no gradient came back to: cut off behind the module, or no_grad."""
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        found: set[int] = set()
+        for module, called in tuple(self._called.items()):
+            if called.step != self.record.step or (not called.graph and count < _SURE_AFTER):
+                continue
+            trained = [p for p in module.parameters() if p.requires_grad and id(p) in own]
+            without = [p for p in trained if self._is_without(p)]
+            if not without or (called.graph and len(without) < len(trained)):
+                continue
+            found |= {id(p) for p in without}
+            known = parameter_names(self.patient)
+            names = [known.get(id(p), type(module).__name__) for p in without]
+            if tuple(names) in self._reported:
+                continue
+            self._reported.add(tuple(names))
+            note = {"names": names[:_MAX_NAMES], "backwards": count + 1, "changes_output": True if called.graph else None}
+            note["op"] = "" if called.graph else "torch.no_grad"
+            self.record.read("gradient_absent", len(names), where=names[0], note=note, source=called.source)
+        return found
+
+    def _is_without(self, parameter: Tensor) -> bool:
+        return parameter.requires_grad and parameter.grad is None and not self._ever_had_gradient(parameter)
 
     def _ever_had_gradient(self, parameter: Tensor) -> bool:
         """By identity: an address that another parameter had before does not count."""
@@ -161,6 +207,7 @@ def _declarations(root: nn.Module) -> Iterator[str]:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on parameter sets are compared."""
     probe = Parameters(patient, record, loop)
-    for event in ("optimizer_created", "backward_begin", "step_begin"):
+    for event in ("forward_begin", "optimizer_created", "backward_begin", "step_begin"):
         loop.on(event, probe, getattr(probe, event))
+    loop.rests(probe)
     return lambda: None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -49,24 +49,24 @@ def interpose(function: Callable[..., Any], around: Callable[[Any], Callable[...
     original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     original.__kwdefaults__, original.__annotations__ = function.__kwdefaults__, function.__annotations__
     original.__qualname__, original.__doc__ = function.__qualname__, function.__doc__
-    stub = _stub_for(around(original), function)
+    defaults, wrapped = function.__kwdefaults__, function.__dict__.get("__wrapped__")
+    stub = _stub.__code__.replace(co_name=function.__name__)
     function.__code__ = stub
+    function.__kwdefaults__ = {**(defaults or {}), "_replacement": around(original)}
     function.__wrapped__ = original  # type: ignore[attr-defined]  # for inspect and torch.jit, which read signature and source
 
     def undo() -> None:
         if function.__code__ is stub:
-            function.__code__ = code
-            function.__dict__.pop("__wrapped__", None)
+            function.__code__, function.__kwdefaults__ = code, defaults
+            if wrapped is None:
+                del function.__dict__["__wrapped__"]
+            else:
+                function.__dict__["__wrapped__"] = wrapped
 
     return undo
 
 
-def _stub_for(replacement: Callable[..., Any], function: FunctionType) -> CodeType:
-    """Code that calls `replacement`, which lies among its constants: the function's globals are its own module's, not ours."""
-
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        replacement: Any = "the replacement"
-        return replacement(*args, **kwargs)
-
-    constants = tuple(replacement if constant == "the replacement" else constant for constant in stub.__code__.co_consts)
-    return stub.__code__.replace(co_consts=constants, co_name=function.__name__, co_filename=_FILE)
+@unseen
+def _stub(*args: Any, _replacement: Any, **kwargs: Any) -> Any:
+    # A default of the function itself, since its globals are its own module's, and torch's compiler follows defaults.
+    return _replacement(*args, **kwargs)

@@ -114,4 +114,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     probe = Updates(patient, record, loop)
     for event in ("backward_begin", "closure_begin", "step_begin", "step_end"):
         loop.on(event, probe, getattr(probe, event))
+    loop.rests(probe)
     return lambda: None

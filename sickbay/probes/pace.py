@@ -1,0 +1,52 @@
+"""Decides which steps are looked at closely, so that looking stays a small share of the run's time whatever the size of the model."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+
+CLOSELY = 64  # steps from the start, and after each new optimizer, that are all looked at closely
+BUDGET = 0.01  # of a step's time, for what a close look costs beyond an ordinary step
+RAREST = 32  # steps: a close look is never rarer than this
+_KEPT = 15  # newest timings that the medians are taken over
+
+
+class Pace:
+    """`resting`: True during steps that are only glanced at (loss, gradient norm, non-finite values)."""
+
+    def __init__(self) -> None:
+        self.resting = False
+        self.every = 1
+        self._steps = 0
+        self._ended = 0.0
+        self._own = 0.0
+        self._walls: list[float] = []
+        self._costs: dict[bool, list[float]] = {True: [], False: []}
+
+    def wake(self) -> None:
+        """Something new has begun: the next steps are looked at closely."""
+        self.resting, self._steps = False, 0
+
+    def step_over(self, own: float) -> None:
+        """One step is over; `own`: seconds spent watching so far, exams left out."""
+        now = time.perf_counter()
+        if self._ended:
+            self._keep(self._walls, now - self._ended)
+            self._keep(self._costs[self.resting], own - self._own)
+        self._ended, self._own = now, own
+        self._steps += 1
+        if self._steps >= CLOSELY and self._steps % _KEPT == 0:
+            self._choose()
+        self.resting = self._steps >= CLOSELY and self._steps % self.every != 0
+
+    def _choose(self) -> None:
+        glance = statistics.median(self._costs[True]) if self._costs[True] else 0.0
+        extra = max(0.0, statistics.median(self._costs[False]) - glance)
+        self.every = min(RAREST, max(1, math.ceil(extra / (BUDGET * statistics.median(self._walls)))))
+
+    @staticmethod
+    def _keep(values: list[float], value: float) -> None:
+        values.append(value)
+        if len(values) > _KEPT:
+            del values[0]
