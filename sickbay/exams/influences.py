@@ -60,10 +60,11 @@ class View:
         return module, source or self.again.source("")
 
 
-def batch_norm_of(module: nn.Module | None) -> dict[str, bool]:
-    """{"batch_norm": True} for a model that mixes rows by design; otherwise empty."""
-    normed = module is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
-    return {"batch_norm": True} if normed else {}
+def batch_norm_of(again: Rerun) -> dict[str, bool]:
+    """{"batch_norm": True} for a model that mixes rows by design, with torch's batch-norm or one written by hand; otherwise empty."""
+    module = again.module
+    own = module is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
+    return {"batch_norm": True} if own or again.batch_statistics else {}
 
 
 @dataclass

@@ -17,7 +17,7 @@ from sickbay.exams.rows import row_influence
 from sickbay.exams.sensitivity import Graph, graph_of
 from sickbay.exams.sensitivity import mixing as gradient_mixing
 from sickbay.exams.sensitivity import padding as padding_sensitivity
-from sickbay.exams.sequences import Lookup, Observation, Rerun, observe, token_lookups
+from sickbay.exams.sequences import Lookup, Observation, Rerun, layout_of, observe, token_lookups
 from sickbay.exams.targets import Alignment, Targets, align, fit, from_call, from_graph, graded
 from sickbay.patient import ForwardCall, Patient
 
@@ -182,10 +182,13 @@ class Examination:
         if again is None or isinstance(found, str):
             self._unmeasured(str(found), "row_influence")
         else:
-            self._add("row_influence", found[0], ("", again.source("")), rows=found[1], **batch_norm_of(again.module))
+            self._add("row_influence", found[0], ("", again.source("")), rows=found[1], **batch_norm_of(again))
 
     def _graph(self) -> Graph | None:
-        return graph_of(self.loss) if self.loss is not None and self.loss.grad_fn is not None else None
+        graph = graph_of(self.loss) if self.loss is not None and self.loss.grad_fn is not None else None
+        if graph is not None:
+            graph.seen.layout = layout_of(self.patient.root)
+        return graph
 
     def _over_graph(self, graph: Graph, targets: list[Targets]) -> None:
         """The same questions answered from gradients, where nothing can be run again."""
@@ -211,7 +214,8 @@ class Examination:
             self._unmeasured("nothing passes between positions yet", "future_influence", "past_blocked", "row_influence")
             return
         if mixing.rows is not None:
-            self._add("row_influence", mixing.rows, place, rows=len(real), by="gradient")
+            normed = {"batch_norm": True} if graph.batch_statistics else {}
+            self._add("row_influence", mixing.rows, place, rows=len(real), by="gradient", **normed)
         if alignment.offset >= NEXT_TOKEN and (mixing.rows or 0.0) <= MIXED_ROWS:
             if mixing.future is not None:
                 self._add("future_influence", mixing.future, place, position=mixing.cut, affected=mixing.affected, by="gradient")
@@ -240,7 +244,7 @@ class Examination:
         batch, times = tokens.ids.shape
         loss = matching_loss(seen, [main[0]] if main else targets)
         index = main[0].index if main else None
-        readout = find_readout(seen, main[2] if main else None, loss, batch, times, index)
+        readout = find_readout(seen, main[2] if main else None, loss, batch, times, index, axis)
         if readout is None:
             self._unmeasured("no output has a row for each sequence of the batch")
             return None, ""
@@ -288,7 +292,7 @@ class Examination:
         if mixing.rows is not None and mixing.rows_where is not None:
             odd = torch.ones_like(mixing.rows_where) & (torch.arange(batch) % 2 == 1)[:, None]
             place = view.place(view.tokens, mixing.rows_where, odd, mixing.rows)
-            self._add("row_influence", mixing.rows, place, rows=batch, **batch_norm_of(view.again.module))
+            self._add("row_influence", mixing.rows, place, rows=batch, **batch_norm_of(view.again))
         if mixing.rows is not None and mixing.rows > MIXED_ROWS:
             self._unmeasured(
                 "rows of the batch influence one another, which hides who sees whom within a row", "future_influence", "past_blocked"
@@ -297,9 +301,7 @@ class Examination:
         if causal_task and mixing.future is not None and mixing.where is not None:
             kept = ~mixing.where & (torch.arange(mixing.where.shape[1]) < mixing.cut) & (torch.arange(batch) % 2 == 0)[:, None]
             place = view.place(view.tokens, mixing.where, kept, mixing.future)
-            self._add(
-                "future_influence", mixing.future, place, position=mixing.cut, affected=mixing.affected, **batch_norm_of(view.again.module)
-            )
+            self._add("future_influence", mixing.future, place, position=mixing.cut, affected=mixing.affected, **batch_norm_of(view.again))
         if causal_task and backward is not None and not passes and not any(view.attention):
             self._unmeasured("nothing in the model passes between positions, so there is no mask", "past_blocked")
         elif causal_task and backward is not None:

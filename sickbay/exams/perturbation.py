@@ -146,9 +146,12 @@ class Readout:
 
 
 def find_readout(
-    seen: Observation, aligned: Alignment | None, loss: int | None, batch: int, times: int, index: Tensor | None = None
+    seen: Observation, aligned: Alignment | None, loss: int | None, batch: int, times: int, index: Tensor | None = None, axis: int = 1
 ) -> Readout | None:
-    """Where to read the answers per position (or per row: "pooled"); None if no output has a row for each of the `batch`."""
+    """Where to read the answers per position (or per row: "pooled"); None if no output has a row for each of the `batch`.
+
+    `axis`: time axis of the ids, whose order a flattened output keeps.
+    """
     if loss is not None:
         logits = seen.losses[loss].logits
         if aligned is not None and index is not None:
@@ -164,6 +167,8 @@ def find_readout(
     for fits in (_per_position, _per_row):
         for leaf, shape in enumerate(shapes):
             axes = fits(shape, batch, times)
+            if axes == "flat01" and (aligned.flipped != (aligned.time_axis == 0) if aligned is not None else axis == 0):
+                axes = "flat10"
             if axes:
                 return Readout(None, leaf, axes, (batch, times if axes != "pooled" else 1))
     return None

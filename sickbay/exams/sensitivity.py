@@ -22,13 +22,17 @@ _MAX_NODES = 20_000
 
 @dataclass
 class Graph:
-    """A loss and the nodes of its graph that matter. `embedded`: node of each look-up; `readout`: the one that gave log-probabilities."""
+    """A loss and the nodes of its graph that matter. `embedded`: node of each look-up; `readout`: the one that gave log-probabilities.
+
+    `batch_statistics`: a spread was taken over rows, as a batch-norm written by hand does.
+    """
 
     loss: Tensor
     seen: Observation
     embedded: dict[int, Any]
     readout: Any
     readout_shape: tuple[int, ...]
+    batch_statistics: bool = False
 
     def tokens(self) -> list[list[Lookup]]:
         return token_lookups(self.seen)
@@ -56,6 +60,7 @@ def graph_of(loss: Tensor) -> Graph | None:
     shape: tuple[int, ...] = ()
     stack: list[Any] = [loss.grad_fn]
     visited: set[Any] = set()
+    spread = False
     while stack and len(visited) < _MAX_NODES:
         node = stack.pop()
         if node is None or node in visited:
@@ -66,6 +71,7 @@ def graph_of(loss: Tensor) -> Graph | None:
             name.startswith("GatherBackward") and readout is None and node._saved_index.shape[-1:] == (1,)
         ):
             readout, shape = node.next_functions[0][0], tuple(node._saved_self.shape)
+        spread = spread or _over_batch(node, name)
         ids, padding_idx = _looked_up(node, name)
         if ids is not None:
             embedded[len(seen.lookups)] = node
@@ -74,7 +80,19 @@ def graph_of(loss: Tensor) -> Graph | None:
         stack.extend(edge for edge, _ in node.next_functions)
     if readout is None or not shape or not seen.lookups:
         return None
-    return Graph(loss, seen, embedded, readout, shape)
+    return Graph(loss, seen, embedded, readout, shape, spread)
+
+
+def _over_batch(node: Any, name: str) -> bool:
+    """True for a variance over the first of two axes or over all axes but one."""
+    if not name.startswith(("VarBackward", "StdBackward", "VarMeanBackward", "StdMeanBackward", "NativeBatchNorm")):
+        return False
+    operand = getattr(node, "_saved_self", None)
+    if not isinstance(operand, Tensor):
+        return name.startswith("NativeBatchNorm")
+    axes = {int(axis) % (1 << 64) for axis in getattr(node, "_saved_dim", None) or ()}
+    axes = {axis - (1 << 64) if axis >= 1 << 63 else axis for axis in axes}  # saved as unsigned
+    return 0 in {axis % operand.dim() for axis in axes} and len(axes) == operand.dim() - 1
 
 
 def _looked_up(node: Any, name: str) -> tuple[Tensor | None, int]:

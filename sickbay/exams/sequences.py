@@ -60,7 +60,7 @@ class LossOperation:
 class Observation:
     """What one repeated forward showed. `compared`: (ids, constant) of every `ids == constant`; `added`: shapes (sum, addend).
 
-    `attention`: (module, source) of the first softmax over positions."""
+    `attention`: (module, source) of the first softmax over positions. `layout`: time axis that the model's own layers work along."""
 
     output: Any = None
     lookups: list[Lookup] = field(default_factory=list)
@@ -69,6 +69,7 @@ class Observation:
     added: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     aranges: list[tuple[int, ...]] = field(default_factory=list)
     attention: tuple[str, str] = ("", "")
+    layout: int | None = None
 
 
 class Rerun:
@@ -200,7 +201,7 @@ def loss_of(operation: Operation) -> tuple[Tensor, Tensor, int | None] | None:
 
 def observe(again: Rerun) -> Observation:
     """One repetition, everything about its sequences written down."""
-    seen = Observation()
+    seen = Observation(layout=layout_of(again.module))
     recent: deque[Tensor] = deque(maxlen=_RECENT)
     means: set[tuple[int, ...]] = set()
 
@@ -309,8 +310,15 @@ def time_axis(seen: Observation, shape: tuple[int, ...]) -> int | None:
             elif sizes[1] == 1 != sizes[0]:
                 votes[0] += 1
     if votes[0] == votes[1]:
-        return None
+        return seen.layout
     return 0 if votes[0] > votes[1] else 1
+
+
+def layout_of(module: nn.Module | None) -> int | None:
+    """1 where all recurrent and attention layers of `module` take the batch first, 0 where all take time first; None if they differ."""
+    kinds = (nn.RNNBase, nn.MultiheadAttention)
+    layouts = {1 if part.batch_first else 0 for part in module.modules() if isinstance(part, kinds)} if module is not None else set()
+    return layouts.pop() if len(layouts) == 1 else None
 
 
 def float_leaves(output: Any) -> list[Tensor]:
