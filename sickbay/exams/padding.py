@@ -166,7 +166,7 @@ def find_documents(
         if bool((numbers > 0).any()):
             return Documents(numbers, known_by)
     for name, tensor in arguments:
-        if any(mark in name for mark in _SEGMENT_NAMES) or not _whole(tensor):
+        if any(mark in name for mark in _SEGMENT_NAMES) or not _whole(tensor) or _is_target(tensor, seen):
             continue
         if ids.shape[0] == 1 and _cumulative(tensor, ids.numel()):
             numbers = torch.bucketize(torch.arange(ids.shape[1]), tensor[1:].long(), right=True)[None]
@@ -178,6 +178,13 @@ def find_documents(
             first = grid.masked_fill(padding, grid.max() + 1).amin(1, keepdim=True)
             return Documents((grid - first).masked_fill(padding, -1), "document numbers given to the model")
     return None
+
+
+def _is_target(tensor: Tensor, seen: Observation) -> bool:
+    """True for what a loss inside the forward is asked for: sorted labels look like document numbers."""
+    return any(
+        loss.targets.numel() == tensor.numel() and torch.equal(loss.targets.flatten(), tensor.flatten().long()) for loss in seen.losses
+    )
 
 
 def _cumulative(tensor: Tensor, total: int) -> bool:
