@@ -59,8 +59,8 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
 
 
 def _no_gradient_ever(chart: Chart, norm: dict[int, float]) -> bool:
-    """True where losses went into backward and the optimizer never found a gradient other than zero: zeroed again before each step."""
-    watched = len(chart["loss"]) >= STEPS and "grad_norm" not in chart.unobserved
+    """True where finite losses went into backward and the optimizer never found a gradient other than zero: zeroed before each step."""
+    watched = len(chart["loss"].finite()) >= STEPS and "grad_norm" not in chart.unobserved
     return watched and not any(value != 0 for value in norm.values()) and (bool(norm) or not len(chart["update_ratio"]))
 
 
