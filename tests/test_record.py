@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sickbay.core import bounds, record
+from sickbay.core import bounds, json_text, record
 from sickbay.core.chart import Chart
 from sickbay.core.packing import Row, merge, unpack_spans, unpack_tables
 from sickbay.core.reader import _outstanding, chart_of, load_chart
@@ -97,7 +100,7 @@ def test_a_long_note_is_cut_and_keeps_its_keys(writer: RecordWriter) -> None:
     writer.read("gradient_absent", 5, note={"names": [f"layer.{i}.weight" for i in range(50_000)], "op": "detach", "text": "x" * 99_999})
     note = chart_of(writer)["gradient_absent"][0].note
     assert note["op"] == "detach" and note["names"][:2] == ["layer.0.weight", "layer.1.weight"] and note["text"].startswith("xx")
-    assert len(repr(note)) < 2 * record.MAX_NOTE
+    assert len(repr(note)) < 2 * json_text.MAX_NOTE
 
 
 def test_the_file_stays_bounded_and_largest_and_sum_stay_exact(tmp_path: Path) -> None:
@@ -113,6 +116,7 @@ def test_the_file_stays_bounded_and_largest_and_sum_stay_exact(tmp_path: Path) -
         if step % 500 == 0:
             most = max(most, disk_use(tmp_path))
             writer.read("nonfinite_step", step, note={"what": "gradient"})
+    writer.flush()
     assert writer.stopped == "" and max(most, disk_use(tmp_path)) <= limit
     rows = [*writer.connection.execute("SELECT first, last, seconds, scalars, tables, extras FROM merged")]  # type: ignore[union-attr]
     spans = [span for row in rows for span in unpack_spans(Row(*row)).values()]
@@ -229,3 +233,18 @@ def test_steps_too_large_for_the_bound_stop_recording_with_that_reason(tmp_path:
         writer.end_step()
     assert f"limit of {record.MIN_BYTES:,} bytes" in writer.stopped and writer.step == 40
     writer.close()
+
+
+def test_steps_between_two_commits_survive_a_kill(tmp_path: Path) -> None:
+    """Fast steps are committed now and then; those in between are read from the tail, in order and in full."""
+    program = (
+        "import os, signal, sys\nfrom sickbay.core.record import RecordWriter\nwriter = RecordWriter(sys.argv[1])\n"
+        "for step in range(300):\n    writer.read('loss', step)\n    writer.table('param_grad_norm', ('a', 'b'), [step, 2 * step])\n"
+        "    writer.end_step()\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / "record-0.tail").stat().st_size > 0
+    chart = load_chart(tmp_path)
+    assert chart["loss"].values == list(range(300))
+    assert chart.table("param_grad_norm").values[-1].tolist() == [299.0, 598.0]

@@ -1,9 +1,9 @@
 """Every error sickbay raises on purpose.
 
-    SickbayError
-    ├── UsageError          the command line or a setting is wrong; says what was received and the way out
-    ├── RecordError         a run's record cannot be read or written
-    └── MalformedCondition  a file in conditions/ breaks the common form; names file and line
+SickbayError
+├── UsageError          the command line or a setting is wrong; says what was received and the way out
+├── RecordError         a run's record cannot be read or written
+└── MalformedCondition  a file in conditions/ breaks the common form; names file and line
 """
 
 from __future__ import annotations

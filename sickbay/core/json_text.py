@@ -8,6 +8,7 @@ from typing import Any
 
 _FLOAT, _DICT = "$float", "$dict"
 _NONFINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+MAX_NOTE = 16_384  # characters of one note
 
 
 def to_text(value: Any) -> str:
@@ -52,3 +53,24 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist") and getattr(value, "size", 0) is not None:
         return _plain(value.tolist())
     return str(value)
+
+
+def short_text(note: Mapping[str, Any]) -> str:
+    """`note` as JSON; long lists and texts in it are cut until it has at most MAX_NOTE characters."""
+    text, limit = to_text(note), 1_024
+    if len(text) > MAX_NOTE:
+        kept = from_text(text)
+        while len(text) > MAX_NOTE and limit:
+            kept = _cut(kept, limit)
+            text, limit = to_text(kept), limit // 2
+    return text
+
+
+def _cut(value: Any, limit: int) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= 4 * limit else value[: 4 * limit] + "…"
+    if isinstance(value, list):
+        return [_cut(item, limit) for item in value[:limit]]
+    if isinstance(value, dict):
+        return {key: _cut(item, limit) for key, item in list(value.items())[: max(limit, 32)]}
+    return value

@@ -22,6 +22,7 @@ from sickbay.core.reading import Reading
 from sickbay.core.record import RecordWriter
 from sickbay.core.signals import SIGNALS
 from sickbay.core.table import MAX_READINGS, MIN_ROWS, Table, lines
+from sickbay.core.tail import content_of, steps_after
 
 READ_SECONDS = 10.0  # how long a reader waits for the writer to let go of a file without WAL
 _NAME = re.compile(r"record-(\d+)\.sqlite")
@@ -107,10 +108,10 @@ def _load(path: Path) -> Chart:
 
 
 def _open(path: Path) -> tuple[Record, dict[str, Any], dict[str, str]]:
-    connection = None
+    connection, tail = None, content_of(path)
     try:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=READ_SECONDS, isolation_level=None)
-        return _read(connection)
+        return _read(connection, tail)
     except sqlite3.OperationalError as problem:
         if "unable to open" not in str(problem) and "readonly" not in str(problem):
             raise
@@ -124,12 +125,12 @@ def _open(path: Path) -> tuple[Record, dict[str, Any], dict[str, str]]:
                 shutil.copyfile(f"{path}{suffix}", Path(scratch) / f"{path.name}{suffix}")
         connection = connect(Path(scratch) / path.name)
         try:
-            return _read(connection)
+            return _read(connection, tail)
         finally:
             connection.close()
 
 
-def _read(connection: sqlite3.Connection) -> tuple[Record, dict[str, Any], dict[str, str]]:
+def _read(connection: sqlite3.Connection, tail: bytes = b"") -> tuple[Record, dict[str, Any], dict[str, str]]:
     connection.execute("BEGIN")  # one snapshot, however fast the writer is
     try:
         version = from_text(dict(connection.execute("SELECT key, value FROM meta"))["version"])
@@ -137,7 +138,7 @@ def _read(connection: sqlite3.Connection) -> tuple[Record, dict[str, Any], dict[
             raise ValueError(f"written in version {version} of the format; this sickbay reads version {VERSION}")
         facts = {key: from_text(value) for key, value in connection.execute("SELECT key, value FROM facts")}
         unobserved: dict[str, str] = dict(connection.execute("SELECT signal, reason FROM unobserved"))
-        return Record(connection), facts, unobserved
+        return Record(connection, tail), facts, unobserved
     finally:
         connection.execute("ROLLBACK")
 
@@ -145,7 +146,7 @@ def _read(connection: sqlite3.Connection) -> tuple[Record, dict[str, Any], dict[
 class Record:
     """What one record holds, read at once and decoded only when asked for (a `Recorded`)."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, tail: bytes = b"") -> None:
         names = connection.execute("SELECT id, name FROM channels ORDER BY id")
         self._channels: dict[int, tuple[str, str, str]] = {channel: tuple(from_text(name)) for channel, name in names}
         rows = connection.execute("SELECT id, signal, places FROM layouts ORDER BY id")
@@ -153,6 +154,8 @@ class Record:
         self._widths = {layout: len(places) for layout, (_, places) in self._layouts.items()}
         self._merged = [Row(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM merged ORDER BY first, id")]
         self._steps = [Row(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM steps ORDER BY id")]
+        committed = max((row.last for row in (*self._merged, *self._steps)), default=-1)
+        self._steps += [Row(*step) for step in steps_after(committed, tail)]
         self._events: dict[str, list[Reading]] = {}
         columns = "step, signal, value, place, note, source, seconds"
         for step, signal, value, where, note, source, seconds in connection.execute(f"SELECT {columns} FROM events ORDER BY ordinal"):

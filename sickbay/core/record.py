@@ -22,12 +22,13 @@ import numpy as np
 
 from sickbay.core import database
 from sickbay.core.bounds import Compactor, EventSlots
-from sickbay.core.json_text import from_text, to_text
+from sickbay.core.json_text import from_text, short_text, to_text
 from sickbay.core.memory import Memory
 from sickbay.core.packing import SCALAR, Row, unpack_extras
 from sickbay.core.reading import Reading
 from sickbay.core.settings import MEGABYTE
 from sickbay.core.signals import SIGNALS
+from sickbay.core.tail import Tail
 
 MIN_BYTES = 256 * 1024
 MAX_CHANNELS = 20_000  # distinct (signal, where, source); beyond it places are told apart no more
@@ -35,7 +36,7 @@ MAX_LAYOUTS = 2_000  # distinct sets of places; beyond it a table is stored read
 MAX_PENDING = 4_096  # readings of one step before they are written without waiting for its end
 MAX_BACKLOG = 20_000  # statements kept for later while a reader holds the file
 RETRY_SECONDS = 0.5  # between two tries then, so that training does not wait at every step
-MAX_NOTE = 16_384  # characters of one note
+COMMIT_SECONDS = 0.2  # between commits while only steps come in; until then they are in the tail
 CLOSING_TRIES = 40  # to write the last steps while a reader holds the file, BUSY_SECONDS each
 ROWS_SHARE = 0.6  # of max_bytes for the rows; the rest is for events, names, SQLite's pages and its log
 EVENTS_SHARE = 0.15
@@ -82,6 +83,7 @@ class RecordWriter:
         self._event_bytes = 0
         self._unmeasured = 0
         self._retry_at = 0.0
+        self._commit_at, self._waiting = 0.0, 0
         self._compactor = Compactor(int(self._max_bytes * ROWS_SHARE))
         self.connection: sqlite3.Connection | None = None
         try:
@@ -90,6 +92,7 @@ class RecordWriter:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.connection))
         except Exception as problem:
             self._stop(problem)
+        self._tail = Tail(database.record_path(self.folder, rank)) if self.connection is not None else None
 
     @property
     def lock(self) -> threading.RLock:
@@ -116,7 +119,7 @@ class RecordWriter:
         try:
             number = float(value)
             event = SIGNALS[signal].event
-            text = _note_text(note) if note else ""
+            text = short_text(note) if note else ""
             with self._lock:
                 at = self.step if step is None else int(step)
                 if event:
@@ -174,7 +177,7 @@ class RecordWriter:
         if self._closed or self._pid != os.getpid():
             return
         with self._lock:
-            self._commit()
+            self._commit(may_wait=True)
             self.step += 1
 
     def flush(self) -> None:
@@ -203,6 +206,8 @@ class RecordWriter:
                     self.connection.execute("PRAGMA journal_mode=DELETE")  # refused while someone reads: then the log stays beside it
                 with contextlib.suppress(sqlite3.Error):
                     self.connection.close()
+            if self._tail is not None and not self.stopped:
+                self._tail.close()
 
     def _note_down(self, statement: str, key: str, value: Any) -> None:
         if self._closed or self._pid != os.getpid():
@@ -245,12 +250,15 @@ class RecordWriter:
         seconds = time.monotonic() - self.started
         self._batch.append((_EVENT, (slot, number, step, signal, value, _ascii(where), text, _ascii(source), seconds)))
 
-    def _commit(self) -> None:
+    def _commit(self, may_wait: bool = False) -> None:
         if self._busy:  # a signal handler came in while this was at work
             return
         self._busy = True
         try:
             size = self._pack()
+            if may_wait and self._kept_in_tail(size):
+                return
+            size, self._waiting, self._commit_at = size + self._waiting, 0, time.monotonic() + COMMIT_SECONDS
             if self.stopped:
                 self._remember_batch()
             elif self._batch and (not self._retry_at or time.monotonic() >= self._retry_at or len(self._batch) > MAX_BACKLOG):
@@ -262,6 +270,14 @@ class RecordWriter:
             self._retry_at = time.monotonic() + RETRY_SECONDS
         finally:
             self._busy = False
+
+    def _kept_in_tail(self, size: int) -> bool:
+        """True when nothing but steps waits to be written, and the newest is safe without a commit."""
+        due = time.monotonic() >= self._commit_at or self._waiting > self._max_bytes // 64 or self._tail is None or self.stopped
+        if due or self._retry_at or not self._batch or any(sql is not _STEP for sql, _ in self._batch):
+            return False
+        self._waiting += size
+        return not size or (self._tail is not None and self._tail.keep(self._batch[-1][1]))
 
     def _pack(self) -> int:
         if not (self._scalars or self._tables or self._extras):
@@ -309,6 +325,8 @@ class RecordWriter:
             if sql is _STEP:
                 self._compactor.added(sum(len(part) for part in values[3:]) + 40)
         del self._batch[: len(batch)]
+        if self._tail is not None:
+            self._tail.committed()
         self._unmeasured += size
 
     def _union_layout(self, signal: str, places: tuple[str, ...]) -> int:
@@ -355,27 +373,6 @@ class RecordWriter:
             for channel, step, value, note in (*plain, *unpack_extras(row.extras)):
                 signal, where, source = self._channel_keys[channel]
                 self.memory.add(Reading(step, signal, value, where, note or {}, source, row.seconds))
-
-
-def _note_text(note: Mapping[str, Any]) -> str:
-    """`note` as JSON; long lists and texts in it are cut until it has at most MAX_NOTE characters."""
-    text, limit = to_text(note), 1_024
-    if len(text) > MAX_NOTE:
-        kept = from_text(text)
-        while len(text) > MAX_NOTE and limit:
-            kept = _cut(kept, limit)
-            text, limit = to_text(kept), limit // 2
-    return text
-
-
-def _cut(value: Any, limit: int) -> Any:
-    if isinstance(value, str):
-        return value if len(value) <= 4 * limit else value[: 4 * limit] + "…"
-    if isinstance(value, list):
-        return [_cut(item, limit) for item in value[:limit]]
-    if isinstance(value, dict):
-        return {key: _cut(item, limit) for key, item in list(value.items())[: max(limit, 32)]}
-    return value
 
 
 def _ascii(text: str) -> str:
