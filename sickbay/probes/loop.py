@@ -3,7 +3,7 @@
 Events, in the order a plain loop causes them:
     forward_begin(call)  loss(loss_call)  forward_end(call, output)  backward_asked()  backward_begin(loss, kind)  backward_end(loss, kind)
     unscaled()  clip(norm, max_norm, parameters)  step_begin(optimizer, late)  step_end(optimizer)  scaler(scale, skipped)
-    round_end(step)  functional(rerun)  optimizer_created(optimizer)
+    round_end(step)  functional(rerun)  optimizer_created(optimizer)  compiling()
 
 A step that is given a closure makes its gradients inside: closure_begin(optimizer) comes before it, step_begin with `late` after it.
 
@@ -50,6 +50,7 @@ class Loop:
         self.pace = Pace()
         self._listeners: dict[str, list[tuple[Any, Callable[..., None]]]] = {}
         self._resting: set[Any] = set()
+        self._told: dict[tuple[str, bool], tuple[tuple[Any, Callable[..., None]], ...]] = {}
         self._undo: list[Callable[[], None]] = []
         self._thread, self._process = threading.get_ident(), os.getpid()
         self._backward_depth = 0
@@ -63,17 +64,24 @@ class Loop:
     def on(self, event: str, probe: Any, listener: Callable[..., None]) -> None:
         """`listener` is called at every `event` until its probe fails once."""
         self._listeners.setdefault(event, []).append((probe, listener))
+        self._told.clear()
 
     def rests(self, probe: Any) -> None:
         """From now on `probe` hears nothing of the steps that are only glanced at, from their first event to their last."""
         self._resting.add(probe)
+        self._told.clear()
 
     def emit(self, event: str, *args: Any) -> None:
         """Tell all listeners; never raises. A mode that the script has switched on sees nothing of what they compute."""
+        resting = self.pace.resting and event in _OF_A_STEP
+        listeners = self._told.get((event, resting))
+        if listeners is None:
+            everyone = self._listeners.get(event, ())
+            listeners = tuple((probe, told) for probe, told in everyone if not (resting and probe in self._resting))
+            self._told[event, resting] = listeners
+        if not listeners:
+            return
         began = time.perf_counter()
-        listeners = tuple(self._listeners.get(event, ()))
-        if self.pace.resting and event in _OF_A_STEP:
-            listeners = tuple((probe, listener) for probe, listener in listeners if probe not in self._resting)
         with out_of_sight():
             for probe, listener in listeners:
                 try:
@@ -100,6 +108,7 @@ class Loop:
         name = getattr(probe, "__name__", type(probe).__name__).rsplit(".", 1)[-1]
         for listeners in self._listeners.values():
             listeners[:] = [(owner, listener) for owner, listener in listeners if owner is not probe]
+        self._told.clear()
         text = self.note_problem(name, event, problem)
         for signal in getattr(probe, "SIGNALS", ()):
             with contextlib.suppress(Exception):
@@ -337,7 +346,7 @@ class Loop:
             target = getattr(model, "__self__", model)
             if model is not None and not isinstance(target, nn.Module):
                 self._stop_watching_modules("a function was compiled: module calls inside it are not seen")
-            self.patient.compiled = True
+            self.emit("compiling")
             return original(model, *args, **kwargs)
 
         return compile_
@@ -345,7 +354,7 @@ class Loop:
     def _around_module_compile(self, original: Any) -> Any:
         @unseen
         def compile_(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.patient.compiled = True
+            self.emit("compiling")
             self._stop_watching_modules("a module was compiled in place: its calls are not seen")
             return original(module, *args, **kwargs)
 
