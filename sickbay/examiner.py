@@ -79,7 +79,7 @@ class Examiner:
         self._lines.end()
 
     def forward_end(self, call: Any, output: Any) -> None:
-        if call.grad_enabled and not self.patient.compiled:
+        if call.grad_enabled:
             self._lines.begin()
 
     def backward_asked(self) -> None:
@@ -101,6 +101,9 @@ class Examiner:
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
         if not self.patient.roots and kind != "func":
             self._lines.begin()
+
+    def compiling(self) -> None:
+        self._lines.end()
 
     def functional(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.patient.functional = lambda: function(*args, **kwargs)
@@ -259,6 +262,7 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | Non
     for event in (
         "forward_begin",
         "forward_end",
+        "compiling",
         "backward_asked",
         "backward_begin",
         "backward_end",

@@ -76,7 +76,6 @@ class Patient:
         self.calls: list[ForwardCall] = []
         self.losses: list[LossCall] = []
         self.muted = False
-        self.compiled = False
         self.distributed = False
         self.scale = 1.0
         self.finished_backwards = 0

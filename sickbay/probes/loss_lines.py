@@ -6,6 +6,7 @@ only for the first two steps, and a bad step's graph is then laid beside what wa
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -36,7 +37,9 @@ class LossLines:
         self._mode: Recorder | None = None
 
     def begin(self) -> None:
-        """The stretch after this call is recorded, unless enough was learnt, another function mode is active or code is being compiled.
+        """The stretch after this call is recorded, unless enough was learnt, another function mode is active, or something was compiled.
+
+        A mode on the stack makes torch's compiler recompile what it has compiled, and then the results differ in their last bits.
 
         Never raises.
         """
@@ -44,7 +47,7 @@ class LossLines:
         if self._left <= 0 or len(self.segments) >= MAX_SEGMENTS:
             return
         try:
-            if torch._C._len_torch_function_stack() == 0 and not torch.compiler.is_compiling():
+            if torch._C._len_torch_function_stack() == 0 and not torch.compiler.is_compiling() and not _compiles():
                 mode = Recorder()
                 torch._C._push_on_torch_function_stack(mode)
                 self._mode = mode
@@ -109,6 +112,12 @@ class Recorder(TorchFunctionMode):
         source, name = user_line(3), getattr(func, "__name__", str(func))
         made = sorted((child for child in fresh if child._sequence_nr() >= before), key=lambda child: int(child._sequence_nr()))
         self.made.extend((child.name(), name, source) for child in made)
+
+
+def _compiles() -> bool:
+    """True if anything was handed to torch's compiler; asking loads nothing."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return any(backend is not None for backend in getattr(compiler, "cached_backends", {}).values())
 
 
 @unseen
