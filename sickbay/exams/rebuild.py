@@ -39,7 +39,10 @@ def rebuilt_loss(patient: Patient, output: Any, watch: OriginWatch) -> tuple[Ten
 
 
 def as_logits(output: Tensor, logits: Tensor) -> Iterator[Tensor]:
-    """`output` in each of the usual forms in which a loss takes it that has the shape and the values of `logits`."""
+    """`output` in each of the usual forms in which a loss takes it that has the shape and the values of `logits`.
+
+    Of a loss whose backward has run only the shape is left to go by.
+    """
     forms: list[Callable[[], Tensor]] = [lambda: output, lambda: output.reshape(logits.shape)]
     if output.dim() >= 3:
         forms += [
@@ -53,10 +56,12 @@ def as_logits(output: Tensor, logits: Tensor) -> Iterator[Tensor]:
             shaped = form()
         except (RuntimeError, IndexError):
             continue
-        if shaped.shape == logits.shape and torch.allclose(
-            shaped.detach().float(), logits.detach().float(), rtol=1e-3, atol=1e-5, equal_nan=True
-        ):
+        if shaped.shape == logits.shape and (logits.is_meta or _alike(shaped, logits)):
             yield shaped.to(logits.dtype)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.detach().float(), other.detach().float(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def again(call: LossCall, logits: Tensor) -> Tensor | None:
