@@ -32,6 +32,7 @@ class Updates:
         self._watched: list[tuple[Tensor, float]] = []
         self._checked_start = False
         self._steps: dict[int, int] = {}
+        self._moved: dict[int, bool] = {}
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         """Once, before anything was learned: weights that are already broken."""
@@ -84,7 +85,9 @@ class Updates:
         names = tuple(known.get(id(p), f"{type(optimizer).__name__}.param{i}") for i, (p, _) in enumerate(self._watched))
         self.record.table("weight_norm", names, weights)
         self.record.table("update_ratio", names, [size / weight if weight > 0 else 0.0 for size, weight in zip(sizes, weights)])
-        if self._steps[id(optimizer)] - 1 in _COUNT_ELEMENTS_AT and any(sizes):
+        # A step that moves nothing may be one that a wrapper or a loss scaler leaves out; an optimizer that never moved anything is none.
+        self._moved[id(optimizer)] = self._moved.get(id(optimizer), False) or any(sizes)
+        if self._steps[id(optimizer)] - 1 in _COUNT_ELEMENTS_AT and (any(sizes) or not self._moved[id(optimizer)]):
             self._count_unmoved(names, list(moved))
         self._before, self._watched = [], []
 
@@ -95,7 +98,7 @@ class Updates:
             gradient = parameter.grad
             if rate == 0.0 or gradient is None or gradient.layout != torch.strided or change.numel() < 2:
                 continue
-            asked = gradient != 0
+            asked = (gradient != 0) & torch.isfinite(gradient)
             elements = int(asked.sum())
             if not elements:
                 continue
@@ -104,7 +107,7 @@ class Updates:
             step = change.abs().max()
             ulp = before[still].abs() * torch.finfo(before.dtype).eps
             # Rounding explains a still element when its own plain step, or even the largest step of the tensor, is below one ulp.
-            lost = int(((ulp >= step) | (ulp >= 2 * rate * gradient[still].abs())).sum()) if unmoved else 0
+            lost = int((((ulp >= step) & (step > 0)) | (ulp >= 2 * rate * gradient[still].abs())).sum()) if unmoved else 0
             note = {"moved": elements - unmoved, "elements": elements, "rounding": lost / unmoved if unmoved else 0.0}
             self.record.read("unmoved_share", unmoved / elements, where=name, note=note, source=source)
 
