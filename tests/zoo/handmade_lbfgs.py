@@ -21,7 +21,7 @@ def closure():
 for i in range(15):
     l = opt.step(closure)
     print(i, l.item())
-sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.5, nesterov=True)
+sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.5, nesterov=True)
 for i in range(30):
     sgd.zero_grad()
     e = ((net(X) - Y) ** 2).mean()
