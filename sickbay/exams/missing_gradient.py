@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from sickbay.exams import fork
+from sickbay.exams.graph_walk import nodes_below
 from sickbay.exams.trace import conditions_of
 from sickbay.patient import ForwardCall, Patient, bare, tensors_in, user_line
 
@@ -48,7 +49,10 @@ _HARMLESS = (
 
 
 def examine(patient: Patient, names: list[str]) -> dict[str, Any] | fork.NoAnswer:
-    """`{changes_output, op, source}`: whether noise on `names` moves the output, and the first operation that drops gradients."""
+    """`{changes_output, op, source}`: whether noise on `names` moves the output, and the first operation that drops gradients.
+
+    Parameters that a gradient of the output would reach are left alone: it is the loss that does not use what they make.
+    """
     calls = patient.training_calls()
     if not calls:
         return fork.NoAnswer("no forward pass through one outermost module was seen")
@@ -59,7 +63,9 @@ def examine(patient: Patient, names: list[str]) -> dict[str, Any] | fork.NoAnswe
 def _look(call: ForwardCall, names: list[str]) -> dict[str, Any]:
     module = bare(call.module)
     with conditions_of(call):
-        before = [tensor.detach().clone() for _, tensor in tensors_in(module(*call.args, **call.kwargs))]
+        outputs = [tensor for _, tensor in tensors_in(module(*call.args, **call.kwargs))]
+    before = [tensor.detach().clone() for tensor in outputs]
+    connected = _leaves(outputs)
     cut = _Cut()
     with conditions_of(call), cut:
         module(*call.args, **call.kwargs)
@@ -67,7 +73,7 @@ def _look(call: ForwardCall, names: list[str]) -> dict[str, Any]:
     wanted = set(names)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name in wanted:
+            if name in wanted and id(parameter) not in connected:
                 scale = parameter.std() if parameter.numel() > 1 else parameter.abs().mean()
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * max(float(scale), 0.1))
     with conditions_of(call):
@@ -77,6 +83,12 @@ def _look(call: ForwardCall, names: list[str]) -> dict[str, Any]:
     if changes:
         found.update(op=cut.op or _checkpointing(module, call), source=cut.source)
     return found
+
+
+def _leaves(outputs: list[Tensor]) -> set[int]:
+    """The ids of the parameters that a backward from `outputs` would reach."""
+    nodes = [node for tensor in outputs if tensor.grad_fn is not None for node in nodes_below(tensor.grad_fn)]
+    return {id(node.variable) for node in nodes if isinstance(getattr(node, "variable", None), Tensor)}
 
 
 class _Cut(TorchFunctionMode):

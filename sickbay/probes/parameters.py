@@ -150,9 +150,9 @@ class Parameters:
             found |= {id(p) for p in without}
             known = parameter_names(self.patient)
             names = [known.get(id(p), type(module).__name__) for p in without]
-            if tuple(names) in self._reported:
+            if ("cut off", *names) in self._reported:
                 continue
-            self._reported.add(tuple(names))
+            self._reported.add(("cut off", *names))
             note = {"names": names[:_MAX_NAMES], "backwards": count + 1, "changes_output": True if called.graph else None}
             note["op"] = "" if called.graph else "torch.no_grad"
             self.record.read("gradient_absent", len(names), where=names[0], note=note, source=called.source)

@@ -65,8 +65,9 @@ def _summary(most: Reading, total: int) -> str:
         op = f"; the graph is cut at {most.note['op']}" if most.note.get("op") else ""
         return f"{start} although the output depends on them{op}."
     if changes is False:
-        return f"{start}: the output does not depend on them, they are unused."
-    return f"{start}, over {most.note.get('backwards')} backward calls."
+        return f"{start}: the loss does not depend on them, they are unused."
+    ran = f"; they run under {most.note['op']}" if most.note.get("op") else ""
+    return f"{start}, over {most.note.get('backwards')} backward calls{ran}."
 
 
 def inject(case: Any) -> Any:
