@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from sickbay.exams import fork
 from sickbay.exams.attention import Attention, attentions
 from sickbay.exams.trace import Operation, batch_size, rerun
-from sickbay.patient import ForwardCall, Patient, bare, has_parameters, tensors_in
+from sickbay.patient import ForwardCall, Patient, bare, has_parameters, is_user_file, tensors_in
 
 SIGNALS = (
     "activation_rms",
@@ -22,6 +24,7 @@ SIGNALS = (
     "dead_units",
 )
 
+_SCALE = re.compile(r"scale|scaling|scalar|multiplier|temperature")
 _NORMALISING = frozenset(
     (
         "native_layer_norm",
@@ -78,6 +81,8 @@ def _look(call: ForwardCall | None, patient: Patient) -> list[dict[str, Any]]:
         operations = _forward(call)
         handle.remove()
     seen = attentions(operations)
+    for attention in seen:
+        attention.declared = attention.declared or (call is not None and _has_no_scale(bare(call.module), attention.module))
     readings: list[dict[str, Any]] = [
         {
             "signal": "activation_rms",
@@ -97,6 +102,16 @@ def _look(call: ForwardCall | None, patient: Patient) -> list[dict[str, Any]]:
         readings.extend(_attention_readings(attention))
     readings.extend(_dead_units(operations))
     return readings
+
+
+def _has_no_scale(root: nn.Module, path: str) -> bool:
+    """True for a library's architecture that knows no scale at all (GPT-Neo): neither attention nor configuration has a number for it."""
+    part = dict(root.named_modules()).get(path)
+    file = getattr(sys.modules.get(type(part).__module__), "__file__", None)
+    if part is None or file is None or is_user_file(file) or type(part).__module__.startswith("torch."):
+        return False
+    config = getattr(part, "config", None) or getattr(root, "config", None)
+    return config is not None and not any(_SCALE.search(name) for name in (*vars(part), *vars(config)))
 
 
 def _line_in(name: str, operations: list[Operation]) -> str:
