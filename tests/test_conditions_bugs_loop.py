@@ -188,6 +188,8 @@ def test_train_mode_in_evaluation() -> None:
     assert verdict.step == 5 and "100% of the 3" in verdict.summary
     assert found(id_, mode("evaluation_mode", at_5=0.0, at_8=1.0), "warning").step == 8
     assert ask(id_, mode("evaluation_mode", at_5=1.0, at_6=0.0)) is None, "one look in training mode"
+    in_each_step = [read("evaluation_mode", 1.0, 1, count=2), read("evaluation_mode", 1.0, 5, count=0, every_step=True)]
+    assert ask(id_, chart(evaluation_mode=in_each_step)) is None, "labels that the model gives itself in each step"
     assert ask(id_, mode("evaluation_mode", at_5=0.5)) is None
     assert ask(id_, mode("evaluation_mode", at_5=0.0)) is None
     assert unexamined(id_, mode("evaluation_mode", at_5=NAN)) and unexamined(id_, mode("evaluation_mode", count=0, at_5=1.0))

@@ -54,7 +54,7 @@ _ROWS = (
     Signal("tied_weights", "bool", "parameter", "1 where embedding and head share memory as declared, 0 where they do not; note: declared_by, pair, equal_values", "no tying is declared and no copy was found"),
     # --- modes ------------------------------------------------------------------------------------------------------
     Signal("training_mode", "share of modules", "run", "share of dropout/batch-norm modules in training mode during training forwards; note: modules, count", "the model has no dropout or batch-norm"),
-    Signal("evaluation_mode", "share of modules", "run", "share of dropout/batch-norm modules in training mode during forwards without gradient; note: modules, count, repeats", "no evaluation of a model with dropout was seen"),
+    Signal("evaluation_mode", "share of modules", "run", "share of dropout/batch-norm modules in training mode during forwards without gradient; note: modules, count, repeats, every_step (one pass in each of several training steps running)", "no evaluation of a model with dropout was seen"),
     # --- batches, targets -------------------------------------------------------------------------------------------
     Signal("batch_repeat", "steps", "batch", "steps since this very batch was last trained on; 0 = never before", "batches could not be fingerprinted"),
     Signal("target_offset", "positions", "batch", "offset k at which targets[t] equals inputs[t+k]; -1 = none; note: match, counted", "no loss over token sequences was seen"),

@@ -20,6 +20,7 @@ SIGNALS = ("batch_repeat", "training_mode", "evaluation_mode")
 _SAMPLE = 512  # elements of a tensor that make its fingerprint
 _CUT = 4  # a data set is larger than its batch; a batch without its last token, or by halves, is not much smaller than itself
 _MAX_KNOWN = 200_000
+_ROW = 4  # training steps in a row, each with one pass without gradient
 
 
 class Batches:
@@ -35,11 +36,22 @@ class Batches:
         self._stochastic: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, nn.Module]]] = weakref.WeakKeyDictionary()
         self._modes: dict[tuple[int, bool], float] = {}
         self._evaluations: dict[int, int] = {}
+        self._single: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def forward_end(self, call: ForwardCall, output: Any) -> None:
         if not call.grad_enabled and call.module in self._trained:
             self._mode("evaluation_mode", call)
+            self._count_single_passes(call)
+
+    def _count_single_passes(self, call: ForwardCall) -> None:
+        """Written once one pass without gradient came before each of several training steps in a row: part of the step, no evaluation."""
+        last, row = self._single.get(call.module, (-2, 0))
+        step = self.record.step
+        row = row + 1 if step == last + 1 else 0
+        self._single[call.module] = (step, row)
+        if row == _ROW and call.module.training:
+            self.record.read("evaluation_mode", 1.0, note={"count": 0, "every_step": True}, source=call.source)
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         calls = [call for call in self.patient.training_calls() if not call.spent]

@@ -39,6 +39,9 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     seen = Series(r for r in chart["evaluation_mode"].finite() if float(r.note.get("count") or 0) > 0)
     if not seen:
         return NotExamined("no evaluation of a model with dropout or batch-norm was seen")
+    # Labels or values that each training step asks of the model itself are part of that step.
+    if any(r.note.get("every_step") for r in chart["evaluation_mode"]):
+        return None
     on = Series(r for r in seen if r.value > SHARE and not _repeated(seen.between(r.step, r.step)))
     worst = on.worst()
     # A mode is written down when it changes: one reading that another followed is a single look, not a habit.
