@@ -75,16 +75,16 @@ def test_two_processes_with_ddp(tmp_path: Path) -> None:
     for kind in ("bare", "run"):
         ranks = []
         for rank in "01":
-            command = sickbay("run", "--out", f"run{rank}", str(SCRIPT)) if kind == "run" else [sys.executable, str(SCRIPT)]
-            variables = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "INIT_FILE": str(tmp_path / kind)}
+            command = sickbay("run", "--out", "run", str(SCRIPT)) if kind == "run" else [sys.executable, str(SCRIPT)]
+            variables = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "INIT_FILE": str(tmp_path / f"meeting-{kind}")}
             ranks.append(_start([*command, "data parallel"], tmp_path, **variables))
         found.append([_hashes(process) for process in ranks])
     assert found[0] == found[1]
     assert found[0][0]["data parallel"]["gradients"] == found[0][1]["data parallel"]["gradients"]  # the two did work together
-    for rank in (0, 1):
-        content = json.loads((tmp_path / f"run{rank}" / "report.json").read_text())
-        assert content["run"]["steps"] == STEPS, content
-        assert not content.get("problems"), content["problems"]
+    content = report(tmp_path)
+    assert content["run"]["steps"] == STEPS and content["run"]["world_size"] == 2
+    assert not content.get("problems"), content["problems"]
+    assert (tmp_path / "run" / "record-1.sqlite").exists()
 
 
 def _globals_of_torch() -> dict[str, Any]:
