@@ -254,3 +254,10 @@ def test_one_order_every_epoch() -> None:
     assert "every 4 steps, 8 times" in found(id_, chart(batch_repeat=[0] * 4 + [4] * 8), "note").summary
     assert ask(id_, chart(batch_repeat=[0] * 4 + [4] * 7)) is None
     assert ask(id_, chart(batch_repeat=[0] * 3 + [3] * 30)) is None
+
+
+def test_steps_that_the_scaler_left_out_are_no_lost_updates() -> None:
+    readings = [read("unmoved_share", 1.0, step, "head.weight", elements=10) for step in (2, 8, 20)]
+    found("update-not-applied", chart(unmoved_share=readings), "critical")
+    skipped = [read("skipped_step", step < 10, step) for step in range(21)]
+    assert "1 sampled steps" in unexamined("update-not-applied", chart(unmoved_share=readings, skipped_step=skipped))

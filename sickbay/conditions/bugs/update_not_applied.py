@@ -35,10 +35,10 @@ STEPS = Threshold(2, "steps", source="one sampled step may be a warm-up's zero o
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     """Tensors of which more than half the elements with a gradient stay put in two sampled steps, rounding apart."""
-    still = {r.step for r in chart["learning_rate"] if r.value == 0}
+    still = {r.step for r in chart["learning_rate"] if r.value == 0} | {r.step for r in chart["skipped_step"] if r.value}
     seen = Series(r for r in chart["unmoved_share"].finite() if r.step not in still)
     if len(set(seen.steps)) < STEPS:
-        return NotExamined(f"{len(set(seen.steps))} sampled steps with a learning rate above 0; this needs {STEPS:.0f}")
+        return NotExamined(f"{len(set(seen.steps))} sampled steps that were to move the weights; this needs {STEPS:.0f}")
     places = seen.places()
     stuck = {where: Series(r for r in seen.at(where) if r.value * (1 - float(r.note.get("rounding") or 0)) > LIMIT) for where in places}
     stuck = {where: over for where, over in stuck.items() if len(over) >= STEPS and 2 * len(over) > len(seen.at(where))}
@@ -83,7 +83,7 @@ condition = Condition(
     id="update-not-applied",
     symptom="elements that have a gradient do not move when the optimizer steps",
     needs=("unmoved_share",),
-    uses=("learning_rate",),
+    uses=("learning_rate", "skipped_step"),
     diagnose=diagnose,
     prescribes=("fix-optimizer",),
     inject=inject,
