@@ -17,6 +17,7 @@ from noninterference_models import STEPS, VOCAB, ByHand, batches, digest, loss_o
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 Outcome = Callable[..., dict[str, str]]
@@ -318,6 +319,33 @@ def nested(outcome: Outcome) -> dict[str, str]:
     return outcome(losses, [model], [optimizer], digest(state))
 
 
+def recomputing(outcome: Outcome) -> dict[str, str]:
+    """A loss written by hand upon tensors that are computed again, or fetched by the script's own hooks, when someone looks at them."""
+    body, fetched, losses = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), [], []
+    optimizer = torch.optim.Adam(body.parameters(), lr=1e-2)
+
+    def head(x: Tensor) -> Tensor:
+        y = body(x)
+        return y / y.pow(2).mean(-1, keepdim=True).add(1e-3).sqrt()
+
+    def fetch(kept: Tensor) -> Tensor:
+        fetched.append(tuple(kept.shape))
+        return kept
+
+    for step in range(STEPS):
+        x = torch.randn(6, 4)
+        optimizer.zero_grad()
+        if step % 2:
+            loss = (checkpoint(head, x, use_reentrant=False).softmax(-1) + 1e-3).log().mean().neg()
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), fetch):
+                loss = (head(x) - x[:, :1]).pow(2).mean().sqrt()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return outcome(losses, [body], [optimizer], fetched)
+
+
 HABITS: dict[str, Callable[[Outcome], dict[str, str]]] = {
     "saving and copying": saving,
     "hooks": hooks,
@@ -327,4 +355,5 @@ HABITS: dict[str, Callable[[Outcome], dict[str, str]]] = {
     "errors": errors,
     "warnings": warned,
     "nested": nested,
+    "recomputing": recomputing,
 }

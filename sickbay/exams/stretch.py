@@ -18,6 +18,7 @@ from sickbay.exams.graph_walk import arguments, by_age, nodes_below, overloads, 
 from sickbay.exams.operand import kinds, node_operation
 
 MAX_NODES = 40
+MAX_BYTES = 16 << 20  # of saved operands that are held from a backward to the end of its step
 # What has an infinite derivative at some finite operand, by the names torch gives their nodes.
 _INFINITE_SOMEWHERE = ["Sqrt", "Rsqrt", "Log", "Log2", "Log10", "Log1P", "Pow", "Div", "Reciprocal", "Norm", "LinalgVectorNorm"]
 _INFINITE_SOMEWHERE += ["Acos", "Asin", "Acosh", "Atanh", "Atan2", "Std", "Var", "Xlogy", "Logit", "Cdist", "Erfinv"]
@@ -37,6 +38,10 @@ class Held:
     saved: dict[str, Any]
     operands: int
     shape: torch.Size | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.saved.values() if isinstance(value, Tensor))
 
 
 @dataclass
@@ -73,10 +78,19 @@ class Stretch:
                 self._names.append((node._sequence_nr(), name))
                 if name in RISKY:
                     with contextlib.suppress(RuntimeError):  # an operand was overwritten since: backward itself will complain
-                        kept = {key[7:]: getattr(node, key) for key in saved_names(type(node))}
-                        self._held.append(Held(name, node._sequence_nr(), kept, len(node.next_functions), shape_of(node)))
+                        if not has_hooks(node):
+                            kept = {key[7:]: getattr(node, key) for key in saved_names(type(node))}
+                            self._hold(Held(name, node._sequence_nr(), kept, len(node.next_functions), shape_of(node)))
         except Exception:  # what cannot be noted is not worth a failing script
             self._held.clear()
+
+    def _hold(self, held: Held) -> None:
+        """`held` and as many of those before it as keep within MAX_BYTES: backward would have freed all of them."""
+        size = held.nbytes
+        while self._held and size + sum(before.nbytes for before in self._held) > MAX_BYTES:
+            self._held.pop(0)
+        if size <= MAX_BYTES:
+            self._held.append(held)
 
     def forget(self) -> None:
         """Every tensor and name is let go."""
@@ -127,6 +141,15 @@ def saved_names(kind: type) -> tuple[str, ...]:
 
 
 _saved_names: dict[type, tuple[str, ...]] = {}
+
+
+def has_hooks(node: Any) -> bool:
+    """True if looking at what `node` saved would call somebody: activation checkpointing would run the forward again.
+
+    Where torch cannot tell (before SavedTensor had `unpack_hook`), nothing is looked at.
+    """
+    raw = [getattr(node, f"_raw{name}", None) for name in saved_names(type(node))]
+    return any(getattr(saved, "unpack_hook", saved) is not None for saved in raw if saved is not None)
 
 
 def derivative(held: Held) -> tuple[Any, tuple[Any, ...], Tensor] | None:
