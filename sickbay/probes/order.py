@@ -46,13 +46,14 @@ class Held:
 class MicroBatch:
     """One backward of a step: `given` to backward, the loss function's own `mean`, and how many targets it `counted`.
 
-    `line`: the user's line of the loss; `targets`: where the targets lie in memory, which two batches never share while one is kept.
+    `asked`: line, name and number of classes of the loss. `targets`: where the targets lie in memory, which two batches never share
+    while one is kept.
     """
 
     given: float
     mean: float
     counted: int
-    line: str = ""
+    asked: str = ""
     targets: int = 0
 
 
@@ -183,7 +184,10 @@ class Order:
         if call.reduction == "sum" and counted:
             mean /= counted
         given = loss.item() / self.patient.scale if loss.numel() == 1 else math.nan
-        self._micro.append(MicroBatch(given, mean, counted, call.source, call.targets.data_ptr()))
+        asked = f"{call.source} {call.name}"
+        if call.name in ("cross_entropy", "nll_loss") and call.logits.dim() > 1:
+            asked += f" of {call.logits.shape[1]}"
+        self._micro.append(MicroBatch(given, mean, counted, asked, call.targets.data_ptr()))
 
     def _norm_after_backward(self, parameters: list[Tensor]) -> float:
         """The gradients' norm over `parameters` as the last backward left them; 0 where it was not taken."""
@@ -245,7 +249,7 @@ def _with_gradient(optimizer: Any) -> list[Tensor]:
 def _parts_of_one_batch(micro: list[MicroBatch]) -> bool:
     """False where the backwards of a step ask different things (several tasks' losses) or the same batch again (adversarial steps)."""
     repeated = any(before.targets == after.targets for before, after in itertools.pairwise(micro))
-    return len({m.line for m in micro}) == 1 and not repeated
+    return len({m.asked for m in micro}) == 1 and not repeated
 
 
 def _has_gradient(optimizer: Any) -> bool:
