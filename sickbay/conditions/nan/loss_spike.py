@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sickbay.core.chart import Chart, Reading
+from sickbay.core.chart import Chart, Reading, Series
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, Threshold, number
 from sickbay.core.robust import median, robust_z, rolling_z
@@ -47,7 +47,15 @@ HISTORY, FEWEST, LEAD, RECOVERY, BRIEF = 50, 20, 5, 50, 3  # steps
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
-    losses = chart["loss"].finite()
+    """The first spike in any of the run's losses; those of two backward calls (a generator's, a critic's) are two series."""
+    by_line: dict[str, list[Reading]] = {}
+    for reading in chart["loss"].finite():
+        by_line.setdefault(reading.source, []).append(reading)
+    spikes = [spike for losses in by_line.values() if (spike := _spike(chart, Series(losses))) is not None]
+    return min(spikes, key=lambda spike: spike.step, default=None)
+
+
+def _spike(chart: Chart, losses: Series) -> Diagnosis | None:
     values = losses.values
     first, distances = median(values[:3]), rolling_z(values, HISTORY, FEWEST)
     for index in [i for i in range(FEWEST, len(values) - 1) if distances[i] > OUTLIER]:
