@@ -1,5 +1,4 @@
 """Sentence and token classifiers on top of BERT: full fine-tuning, frozen encoder, own heads."""
-
 import argparse, random
 import torch
 from torch import nn

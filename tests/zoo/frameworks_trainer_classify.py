@@ -4,9 +4,7 @@ import argparse
 import random
 import tempfile
 
-import numpy as np
-import torch
-import transformers as tf
+import numpy as np, torch, transformers as tf
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 torch.set_num_threads(1)
@@ -17,7 +15,6 @@ cli.add_argument("--optim", default="adamw_torch")
 cli.add_argument("--steps", type=int, default=40)
 opt = cli.parse_args()
 random.seed(2), torch.manual_seed(2)
-
 
 def build():
     if opt.model == "gpt2":
