@@ -95,7 +95,7 @@ class Examiner:
             return
         calls = self.patient.training_calls()
         captured = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
-        self._stretch.note(loss, bool(calls) and len(captured) == 1 and _is_scaled(loss, captured[0].value))
+        self._stretch.note(loss, bool(calls) and len(captured) == 1 and _is_scaled(loss, captured[0].nodes[1]))
         self._examine(self._asked.setdefault(calls[-1].module, Asked()) if calls else self._functional, loss)
 
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
@@ -239,16 +239,19 @@ def _line_of(exception: BaseException) -> str:
     return next((f"{name}:{line}" for name, line in reversed(frames) if is_user_file(name)), "")
 
 
-def _is_scaled(loss: Tensor, value: Tensor) -> bool:
-    """True if `loss` is `value`, times or over a constant at most: then the captured call suffices to rebuild it."""
+def _is_scaled(loss: Tensor, made: int) -> bool:
+    """True if `loss` is what the node with sequence number `made` gave, times or over a constant at most.
+
+    Then the captured call suffices to rebuild it.
+    """
     node: Any = loss.grad_fn
     for _ in range(3):
-        if node is None or node is value.grad_fn:
+        if node is None or node._sequence_nr() == made:
             return node is not None
         if node.name() not in ("MulBackward0", "DivBackward0") or sum(child is not None for child, _ in node.next_functions) != 1:
             return False
         node = next(child for child, _ in node.next_functions if child is not None)
-    return node is value.grad_fn
+    return node is not None and int(node._sequence_nr()) == made
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | None) -> Callable[[], None]:

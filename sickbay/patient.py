@@ -15,8 +15,9 @@ from torch import Tensor, nn
 _OWN_FOLDER = __file__.rsplit("/", 1)[0] + "/"
 _LIBRARY_MARKS = ("/site-packages/", "/dist-packages/", "/lib/python3", "<frozen ", "<string>", "/importlib/")
 _MAX_CALLS = 32  # forwards kept until a backward uses them
-_MAX_LOSSES = 256
-_MAX_GRAPHS = 2  # losses whose graphs are kept alive until then
+_MAX_LOSSES = 32
+_MAX_HELD = 2  # losses whose logits are kept until then
+_MAX_LOGITS = 16 << 20  # bytes of one loss's logits
 
 
 @dataclass
@@ -43,7 +44,8 @@ class ForwardCall:
 class LossCall:
     """One call of a loss function: `logits` as given, `targets` as given; `name` is the functional's name.
 
-    Once `spent` (its backward has run), or let go of, `logits` is a meta tensor: shape and dtype only.
+    Nothing here holds on to a graph; `nodes`: sequence numbers of the autograd nodes that made logits and value, -1 = none.
+    Where `logits` are large, or `spent` (their backward has run), they are a meta tensor: shape and dtype only.
     `evaluating`: the module called last was in evaluation mode.
     """
 
@@ -58,10 +60,18 @@ class LossCall:
     smoothing: float = 0.0
     spent: bool = False
     evaluating: bool = False
+    nodes: tuple[int, int] = (-1, -1)
+
+    def __post_init__(self) -> None:
+        first, last = self.logits.grad_fn, self.value.grad_fn
+        self.nodes = (first._sequence_nr() if first is not None else -1, last._sequence_nr() if last is not None else -1)
+        self.logits, self.value = self.logits.detach(), self.value.detach()
+        if self.logits.nbytes > _MAX_LOGITS:
+            self.let_go()
 
     def let_go(self) -> None:
-        """Nothing of the graph is held any more: `logits` is a meta tensor, `value` has no history."""
-        self.logits, self.value = torch.empty_like(self.logits, device="meta"), self.value.detach()
+        """The logits' memory is held no more: only shape and dtype are known."""
+        self.logits = torch.empty_like(self.logits, device="meta")
 
 
 class Patient:
@@ -101,22 +111,19 @@ class Patient:
         self.roots.add(call.module)
         if not call.grad_enabled:
             return
-        if call.training:
-            for loss in self.losses:
-                if loss.evaluating:
-                    loss.let_go()
-        else:
+        self.losses = [loss for loss in self.losses if loss.spent or not loss.evaluating]
+        if not call.training:
             self.calls = [known for known in self.calls if known.training or known.module is not call.module]
         self.calls.append(call)
         del self.calls[:-_MAX_CALLS]
 
     def add_loss(self, call: LossCall) -> None:
-        """`call` is the newest; of those that no backward has used yet only the newest few hold on to their graphs."""
+        """`call` is the newest; of those that no backward has used yet only the newest few hold their logits."""
         call.evaluating = bool(self.calls) and not self.calls[-1].training
         self.losses.append(call)
         del self.losses[:-_MAX_LOSSES]
         waiting = [known for known in self.losses if known.grad_enabled and not known.spent]
-        for known in waiting[: -1 if call.evaluating else -_MAX_GRAPHS]:
+        for known in waiting[:-_MAX_HELD]:
             known.let_go()
 
     def spend(self) -> None:

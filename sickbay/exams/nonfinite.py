@@ -260,8 +260,8 @@ def _line_of(node: Any, graph: Graph, patient: Patient, stretch: Stretch) -> str
     if node.name().endswith("AccumulateGrad"):
         return ""
     for call in patient.losses:
-        first = call.logits.grad_fn._sequence_nr() if call.logits.grad_fn is not None else -1
-        if call.value.grad_fn is not None and first < node._sequence_nr() <= call.value.grad_fn._sequence_nr():
+        first, last = call.nodes
+        if first < node._sequence_nr() <= last:
             return call.source
     return stretch.line_of(node, graph.nodes)
 

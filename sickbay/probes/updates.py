@@ -18,7 +18,8 @@ SIGNALS = ("update_ratio", "weight_norm", "unmoved_share", "nonfinite_weight")
 _EARLY = (0, 1, 2, 4, 8, 16, 32)
 _EVERY = 50
 _COUNT_ELEMENTS_AT = (1, 2, 8, 100)
-_MAX_BYTES = 48 << 20  # a copy of the weights must stay small beside the run itself
+_MAX_BYTES = 40 << 20  # a copy of the weights must stay small beside the run itself
+_MAX_COUNTED = 1 << 20  # elements of a tensor, from its beginning, that are counted one by one
 
 
 class Updates:
@@ -79,8 +80,10 @@ class Updates:
             return
         self._watched, self._before = [watched for watched, _ in kept], [before for _, before in kept]
         after = [parameter.detach() for parameter, _ in self._watched]
-        moved = torch._foreach_sub(after, self._before)
-        sizes, weights = norms_of(list(moved), []), norms_of(self._before, [])
+        weights = norms_of(self._before, [])
+        torch._foreach_sub_(self._before, after)  # in place, since a second copy would cost as much memory again; only sizes are asked
+        moved = self._before
+        sizes = norms_of(moved, [])
         known = parameter_names(self.patient)
         names = tuple(known.get(id(p), f"{type(optimizer).__name__}.param{i}") for i, (p, _) in enumerate(self._watched))
         self.record.table("weight_norm", names, weights)
@@ -88,16 +91,16 @@ class Updates:
         # A step that moves nothing may be one that a wrapper or a loss scaler leaves out; an optimizer that never moved anything is none.
         self._moved[id(optimizer)] = self._moved.get(id(optimizer), False) or any(sizes)
         if self._steps[id(optimizer)] - 1 in _COUNT_ELEMENTS_AT and (any(sizes) or not self._moved[id(optimizer)]):
-            self._count_unmoved(names, list(moved))
+            self._count_unmoved(names, moved)
         self._before, self._watched = [], []
 
     def _count_unmoved(self, names: tuple[str, ...], moved: list[Tensor]) -> None:
         """An element with a gradient that stays where it was, although one ulp would have been enough to show the step."""
         source = user_line(5)
-        for name, (parameter, rate), change, before in zip(names, self._watched, moved, self._before):
-            gradient = parameter.grad
-            if rate == 0.0 or gradient is None or gradient.layout != torch.strided or change.numel() < 2:
+        for name, (parameter, rate), change in zip(names, self._watched, moved):
+            if rate == 0.0 or parameter.grad is None or parameter.grad.layout != torch.strided or change.numel() < 2:
                 continue
+            gradient, change, weight = (part.detach().reshape(-1)[:_MAX_COUNTED] for part in (parameter.grad, change, parameter))
             asked = (gradient != 0) & torch.isfinite(gradient)
             elements = int(asked.sum())
             if not elements:
@@ -105,7 +108,7 @@ class Updates:
             still = asked & (change == 0)
             unmoved = int(still.sum())
             step = change.abs().max()
-            ulp = before[still].abs() * torch.finfo(before.dtype).eps
+            ulp = weight[still].abs() * torch.finfo(weight.dtype).eps
             # Rounding explains a still element when its own plain step, or even the largest step of the tensor, is below one ulp.
             lost = int((((ulp >= step) & (step > 0)) | (ulp >= 2 * rate * gradient[still].abs())).sum()) if unmoved else 0
             note = {"moved": elements - unmoved, "elements": elements, "rounding": lost / unmoved if unmoved else 0.0}
