@@ -257,7 +257,7 @@ def _is_scaled(loss: Tensor, made: int) -> bool:
 def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | None) -> Callable[[], None]:
     """From now on questions are asked when they are due."""
     reason = can_fork()
-    if reason and not torch.cuda.is_available():
+    if reason and not torch.cuda.is_initialized():
         for signal in SIGNALS:
             record.unobserved(signal, reason)
         return lambda: None
