@@ -108,7 +108,7 @@ def test_text_of_an_uncaught_error_is_pythons(tmp_path: Path, steps: int) -> Non
     assert_alike(bare, watched)
 
 
-@pytest.mark.parametrize("name", ["in the forward", "in the backward", "in the loss", "ctrl-C in the forward"])
+@pytest.mark.parametrize("name", ["in the backward", "ctrl-C in the forward"])
 def test_uncaught_in_the_script_itself(tmp_path: Path, name: str) -> None:
     write(tmp_path, textwrap.dedent(TRAINING.replace("STEPS", "1")) + "\n" + textwrap.dedent(ERRORS[name]))
     bare, watched = both(tmp_path, "script.py")
