@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import charts
@@ -14,3 +15,11 @@ from sickbay.core.chart import Chart
 def chart() -> Callable[..., Chart]:
     """`chart(grad_norm=[1, 1.2, 60], facts={...})`; see charts.py."""
     return charts.chart
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    """What an earlier test compiled must not keep the line recorder off: a process that compiles is another case."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None and getattr(compiler, "cached_backends", None):
+        sys.modules["torch._dynamo"].reset()  # type: ignore[attr-defined]
