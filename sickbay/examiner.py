@@ -23,18 +23,7 @@ from sickbay.probes import loss_lines
 from sickbay.probes.gradients import clean, parameter_names
 from sickbay.probes.loop import Loop
 
-_MASK_SIGNALS = (
-    "target_offset",
-    "ignored_targets",
-    "padding_counted",
-    "eos_targets",
-    "future_influence",
-    "past_blocked",
-    "padding_influence",
-    "packing_influence",
-    "row_influence",
-)
-SIGNALS = (*_MASK_SIGNALS, *internals.SIGNALS, "first_nonfinite")
+SIGNALS = (*masks.SIGNALS, *internals.SIGNALS, "first_nonfinite")
 
 _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
@@ -124,7 +113,7 @@ class Examiner:
         affordable = early or self._spent < _SHARE * (time.monotonic() - self._began)
         if asked.masks < len(_MASKS_AT) and forwards >= _MASKS_AT[asked.masks] and affordable:
             asked.masks += 1
-            self._write(asked, _MASK_SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
+            self._write(asked, masks.SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
             if {"target_offset", "row_influence"} <= asked.settled:
                 asked.masks = max(asked.masks, _MASKS_AT.index(20))
         if asked.internals < len(_INTERNALS_AT) and forwards >= _INTERNALS_AT[asked.internals] and affordable:

@@ -88,7 +88,6 @@ class Patient:
         self.muted = False
         self.distributed = False
         self.scale = 1.0
-        self.finished_backwards = 0
         self.norm_at_step = 0.0
         self.exam_seconds = 0.0
         self.functional: Callable[[], Any] | None = None

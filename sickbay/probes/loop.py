@@ -235,7 +235,6 @@ class Loop:
             self._backward_depth -= 1
             if outermost or not self._outermost.inside:
                 self._outermost.on()
-            self.patient.finished_backwards += 1
             self.emit("backward_end", loss, kind)
             with self.sheltered("backward_end"):
                 self.patient.spend()
