@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
-import time
 import traceback
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sickbay.core.record import RecordWriter
 from sickbay.exams import internals, masks, missing_gradient, nonfinite
+from sickbay.exams.asking import Asking
 from sickbay.exams.fork import NoAnswer, can_fork
 from sickbay.exams.nonfinite import Finding
 from sickbay.exams.stretch import Stretch
@@ -25,9 +27,10 @@ from sickbay.probes.loop import Loop
 
 SIGNALS = (*masks.SIGNALS, *internals.SIGNALS, "first_nonfinite")
 
+EXAMS: tuple[str, ...] = ()  # modules of exams/ that know themselves when their question is due: `attach(patient, record, loop, asking)`
+
 _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
-_SHARE = 0.02  # of the run's time that exams after the first ones may take
 _CHEAP = 0.15  # seconds: a question this cheap may be asked a few times early, so that short runs are looked at as well
 _CHEAP_QUESTIONS = 5
 _NO_HISTORY = "does not require grad and does not have a grad_fn"
@@ -49,17 +52,14 @@ class Examiner:
 
     SIGNALS = SIGNALS
 
-    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop, folder: str | None) -> None:
+    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop, folder: str | None, asking: Asking) -> None:
         self.patient, self.record, self.loop, self.folder = patient, record, loop, folder
         self._asked: weakref.WeakKeyDictionary[nn.Module, Asked] = weakref.WeakKeyDictionary()
         self._functional = Asked()
         self._lines = loss_lines.LossLines()
         self._stretch = Stretch(self._lines.segments)
-        self._began = time.monotonic()
-        self._spent = 0.0
-        self._dearest = 0.0
+        self.asking = asking
         self._traces = 0
-        self._hung = False
         self._traced_step = -1
         self._stepped_nonfinite = False
 
@@ -109,8 +109,8 @@ class Examiner:
     # --- questions --------------------------------------------------------------------------------------------------
     def _examine(self, asked: Asked, loss: Tensor | None) -> None:
         forwards, asked.forwards = asked.forwards, asked.forwards + 1
-        early = forwards < 3 or (self._dearest < _CHEAP and asked.internals < _CHEAP_QUESTIONS)
-        affordable = early or self._spent < _SHARE * (time.monotonic() - self._began)
+        early = forwards < 3 or (self.asking.dearest < _CHEAP and asked.internals < _CHEAP_QUESTIONS)
+        affordable = early or self.asking.affordable()
         if asked.masks < len(_MASKS_AT) and forwards >= _MASKS_AT[asked.masks] and affordable:
             asked.masks += 1
             self._write(asked, masks.SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
@@ -121,7 +121,7 @@ class Examiner:
             self._write(asked, internals.SIGNALS, lambda: internals.examine(self.patient, self.record.step))
 
     def _write(self, asked: Asked, signals: tuple[str, ...], question: Callable[[], Any]) -> None:
-        answer = self._ask(question)
+        answer = self.asking.ask(question)
         if isinstance(answer, NoAnswer):
             for signal in signals:
                 if signal not in asked.settled:
@@ -140,30 +140,6 @@ class Examiner:
                 source=reading.get("source", ""),
             )
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        """`question()`'s answer with the probes silent; its time is counted against the budget."""
-        if self._hung:
-            return NoAnswer("a question asked earlier gave no answer in time, so none is asked any more")
-        began = time.monotonic()
-        losses, calls = self.patient.losses, self.patient.calls
-        self.patient.losses, self.patient.calls = list(losses), list(calls)
-        self.patient.muted = True
-        try:
-            with torch._C._EnableTorchFunction():  # the loop tells its events with the script's modes off
-                answer = question()
-            self._hung = isinstance(answer, NoAnswer) and answer.hung
-            return answer
-        except Exception as problem:
-            self.loop.note_problem("examiner", "question", problem)
-            return NoAnswer(f"the question failed: {type(problem).__name__}: {problem}"[:300])
-        finally:
-            self.patient.muted = False
-            self.patient.losses, self.patient.calls = losses, calls
-            cost = time.monotonic() - began
-            self._spent += cost
-            self.patient.exam_seconds = self._spent
-            self._dearest = max(self._dearest, cost)
-
     def _trace(self, what: Literal["loss", "gradient"], loss: Tensor | None) -> None:
         if not self._stepped_nonfinite:
             self._stepped_nonfinite = True
@@ -172,7 +148,7 @@ class Examiner:
             return
         self._traced_step = self.record.step
         self._traces += 1
-        answer = self._ask(lambda: nonfinite.locate(self.patient, what, loss, self._stretch, self.folder))
+        answer = self.asking.ask(lambda: nonfinite.locate(self.patient, what, loss, self._stretch, self.folder))
         if isinstance(answer, NoAnswer):
             self.record.unobserved("first_nonfinite", answer.reason)
         else:
@@ -199,7 +175,7 @@ class Examiner:
 
     def gradient_absent(self, names: list[str], backwards: int) -> None:
         """Trainable parameters never got a gradient: does the output depend on them?"""
-        answer = self._ask(lambda: missing_gradient.examine(self.patient, names))
+        answer = self.asking.ask(lambda: missing_gradient.examine(self.patient, names))
         found = answer if isinstance(answer, dict) else {"changes_output": None, "op": "", "reason": getattr(answer, "reason", "")}
         note = {"names": names[:32], "backwards": backwards, **found}
         self.record.read("gradient_absent", len(names), where=names[0], note=note, source=str(found.get("source") or ""))
@@ -212,7 +188,7 @@ class Examiner:
         names = [clean(name) for name, p in root.named_parameters() if p.requires_grad] if root is not None else []
         if not names:
             return
-        answer = self._ask(lambda: missing_gradient.examine(self.patient, names))
+        answer = self.asking.ask(lambda: missing_gradient.examine(self.patient, names))
         found = answer if isinstance(answer, dict) else {}
         line = str(found.get("source") or "") or _line_of(exception)
         note = {"names": names[:32], "backwards": 1, "changes_output": True, "op": found.get("op") or "", "raised": True}
@@ -250,7 +226,8 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | Non
         for signal in SIGNALS:
             record.unobserved(signal, reason)
         return lambda: None
-    examiner = Examiner(patient, record, loop, folder)
+    asking = Asking(patient, loop.note_problem)
+    examiner = Examiner(patient, record, loop, folder, asking)
     for event in (
         "forward_begin",
         "forward_end",
@@ -265,4 +242,16 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | Non
         "round_end",
     ):
         loop.on(event, examiner, getattr(examiner, event))
-    return examiner.detach
+    detach = [examiner.detach]
+    for name in EXAMS:
+        try:
+            detach.append(importlib.import_module(f"sickbay.exams.{name}").attach(patient, record, loop, asking))
+        except Exception as problem:
+            loop.note_problem(name, "attach", problem)
+
+    def detach_all() -> None:
+        for one in detach:
+            with contextlib.suppress(Exception):
+                one()
+
+    return detach_all

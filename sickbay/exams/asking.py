@@ -1,0 +1,54 @@
+"""The one purse that all questions are paid from, so that however many there are, asking stays within its share of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sickbay.exams.fork import NoAnswer
+from sickbay.patient import Patient
+
+SHARE = 0.02  # of the run's time that questions after the first ones may take
+
+
+class Asking:
+    """Puts questions with the probes silent. `spent`: seconds so far; `dearest`: seconds of the dearest question."""
+
+    def __init__(self, patient: Patient, note_problem: Callable[[str, str, Exception], Any]) -> None:
+        self.patient = patient
+        self.spent = 0.0
+        self.dearest = 0.0
+        self._note_problem = note_problem
+        self._began = time.monotonic()
+        self._hung = False
+
+    def affordable(self) -> bool:
+        """True while what was spent is less than the share of the run so far that questions may take."""
+        return self.spent < SHARE * (time.monotonic() - self._began)
+
+    def ask(self, question: Callable[[], Any]) -> Any:
+        """`question()`'s answer, NoAnswer where it failed; never raises. A question that could change anything must fork (fork.ask)."""
+        if self._hung:
+            return NoAnswer("a question asked earlier gave no answer in time, so none is asked any more")
+        began = time.monotonic()
+        losses, calls = self.patient.losses, self.patient.calls
+        self.patient.losses, self.patient.calls = list(losses), list(calls)
+        self.patient.muted = True
+        try:
+            with torch._C._EnableTorchFunction():  # the loop tells its events with the script's modes off
+                answer = question()
+            self._hung = isinstance(answer, NoAnswer) and answer.hung
+            return answer
+        except Exception as problem:
+            self._note_problem("examiner", "question", problem)
+            return NoAnswer(f"the question failed: {type(problem).__name__}: {problem}"[:300])
+        finally:
+            self.patient.muted = False
+            self.patient.losses, self.patient.calls = losses, calls
+            cost = time.monotonic() - began
+            self.spent += cost
+            self.patient.exam_seconds = self.spent
+            self.dearest = max(self.dearest, cost)
