@@ -31,19 +31,24 @@ EXAMS: tuple[str, ...] = ()  # modules of exams/ that know themselves when their
 
 _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
-_CHEAP = 0.15  # seconds: a question this cheap may be asked a few times early, so that short runs are looked at as well
-_CHEAP_QUESTIONS = 5
+_CHEAP = 0.15  # seconds of processor time: a question this cheap may be asked a few times early, so that short runs are looked at as well
+_CHEAP_QUESTIONS = 4
 _NO_HISTORY = "does not require grad and does not have a grad_fn"
 _TRACES = 2  # non-finite values traced before the rest is left alone
 
 
 @dataclass
 class Asked:
-    """What one model has been asked so far: how many forwards it made, how often each question was put, which signals have an answer."""
+    """What one model has been asked so far: how many forwards it made, how often each question was put, which signals have an answer.
+
+    `masks_cost`, `internals_cost`: seconds of the dearest so far.
+    """
 
     forwards: int = 0
     masks: int = 0
     internals: int = 0
+    masks_cost: float = 0.0
+    internals_cost: float = 0.0
     settled: set[str] = field(default_factory=set)
 
 
@@ -109,16 +114,21 @@ class Examiner:
     # --- questions --------------------------------------------------------------------------------------------------
     def _examine(self, asked: Asked, loss: Tensor | None) -> None:
         forwards, asked.forwards = asked.forwards, asked.forwards + 1
-        early = forwards < 3 or (self.asking.dearest < _CHEAP and asked.internals < _CHEAP_QUESTIONS)
-        affordable = early or self.asking.affordable()
-        if asked.masks < len(_MASKS_AT) and forwards >= _MASKS_AT[asked.masks] and affordable:
+        if asked.masks < len(_MASKS_AT) and forwards >= _MASKS_AT[asked.masks] and self._due(asked, forwards, asked.masks_cost):
             asked.masks += 1
             self._write(asked, masks.SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
+            asked.masks_cost = max(asked.masks_cost, self.asking.cost)
             if {"target_offset", "row_influence"} <= asked.settled:
                 asked.masks = max(asked.masks, _MASKS_AT.index(20))
-        if asked.internals < len(_INTERNALS_AT) and forwards >= _INTERNALS_AT[asked.internals] and affordable:
+        due = asked.internals < len(_INTERNALS_AT) and forwards >= _INTERNALS_AT[asked.internals]
+        if due and self._due(asked, forwards, asked.internals_cost):
             asked.internals += 1
             self._write(asked, internals.SIGNALS, lambda: internals.examine(self.patient, self.record.step))
+            asked.internals_cost = max(asked.internals_cost, self.asking.cost)
+
+    def _due(self, asked: Asked, forwards: int, cost: float) -> bool:
+        """The first questions are asked in any case, cheap ones a few times more; then the purse decides."""
+        return forwards < 3 or (cost < _CHEAP and asked.internals < _CHEAP_QUESTIONS) or self.asking.affordable()
 
     def _write(self, asked: Asked, signals: tuple[str, ...], question: Callable[[], Any]) -> None:
         answer = self.asking.ask(question)

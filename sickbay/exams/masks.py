@@ -22,7 +22,7 @@ from sickbay.exams.targets import Alignment, Targets, align, fit, from_call, fro
 from sickbay.patient import ForwardCall, Patient
 
 TIMEOUT = 30.0  # seconds for the whole examination
-ROWS = 8  # batch rows that are run again: enough for even against odd rows, cheap enough to repeat
+ROWS = 4  # batch rows that are run again: enough for even against odd rows, cheap enough to repeat
 MIXED_ROWS = 1e-3  # ratio from which what looks like a leak from the future may come from other rows
 SEES_FUTURE = 1e-4  # ratio from which a model is not causal
 NEXT_TOKEN = 1
