@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
@@ -141,15 +142,21 @@ def _trace_function(patient: Patient) -> list[Operation]:
 
 
 def _blocks(root: nn.Module) -> dict[int, str]:
-    """The repeated blocks: members of a ModuleList or Sequential that has at least two of the same class with parameters."""
+    """The repeated blocks: members of one class, with parameters, that a ModuleList or Sequential has at least two of.
+
+    What repeats inside a block (its experts, its heads) is none.
+    """
     found: dict[int, str] = {}
+    inside: set[int] = set()
     for name, holder in root.named_modules():
-        if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
+        if id(holder) in inside or not isinstance(holder, (nn.ModuleList, nn.Sequential)):
             continue
-        members = [(f"{name}.{key}" if name else key, part) for key, part in holder.named_children()]
-        alike = len(members) >= 2 and len({type(part) for _, part in members}) == 1
-        if alike and has_parameters(members[0][1]) and not isinstance(members[0][1], _NO_BLOCKS):
-            found.update((id(part), path) for path, part in members)
+        members = [(key, part) for key, part in holder.named_children() if has_parameters(part) and not isinstance(part, _NO_BLOCKS)]
+        common, count = Counter(type(part) for _, part in members).most_common(1)[0] if members else (None, 0)
+        for key, part in members:
+            if count > 1 and type(part) is common:
+                found[id(part)] = f"{name}.{key}" if name else key
+                inside.update(map(id, part.modules()))
     return found
 
 
