@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PROBES = ("losses", "gradients", "order", "updates", "parameters", "batches", "scaling", "exceptions")
+PROBES = ("phases", "losses", "gradients", "order", "updates", "parameters", "batches", "corpus", "pairing", "scaling", "schedules", "exceptions", "retention", "replicas", "generation")
 
 
 class Watch:

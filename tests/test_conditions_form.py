@@ -27,6 +27,8 @@ CATALOGUE_OF_THE_NAN_CHAPTER = {
     *("half-precision-overflow", "scaler-collapse", "clip-before-unscale", "missing-targets", "loss-spike", "attention-logit-growth"),
 }
 
+SEVERAL_RANKS = {"rank-desync", "rank-duplicate-data"}  # the reference trains in one process: scripts of tests/zoo have these faults
+
 every_condition = pytest.mark.parametrize("condition", ALL, ids=[condition.id for condition in ALL])
 
 
@@ -109,6 +111,9 @@ def test_cures_and_consequences_exist(condition: Condition) -> None:
 
 @every_condition
 def test_the_fault_can_be_planted(condition: Condition) -> None:
+    if condition.id in SEVERAL_RANKS:
+        assert condition.inject is None
+        return
     assert condition.inject is not None
     assert list(inspect.signature(condition.inject).parameters) == ["case"]
     assert condition.inject.__doc__, "what is planted is said in a sentence"

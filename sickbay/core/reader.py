@@ -32,7 +32,7 @@ _NO_NOTE: dict[str, Any] = {}
 
 
 def load_chart(folder: str | Path) -> Chart:
-    """The chart of a run's folder: rank 0's readings, and of other ranks what happened there (`note["rank"]`).
+    """The chart of a run's folder: rank 0's readings, and of other ranks events and `per_rank` signals (`note["rank"]`).
 
     `facts["ranks"]` holds each rank's facts by rank, `facts["recording_stopped"]` when and why a rank's recording stopped, if one's did.
     Raises RecordError naming the file and the way out if there is no readable record.
@@ -52,7 +52,7 @@ def load_chart(folder: str | Path) -> Chart:
         Reading(r.step, r.signal, r.value, r.where, {**r.note, "rank": rank}, r.source, r.seconds)
         for rank, chart in charts.items()
         for signal in chart.signals()
-        if SIGNALS[signal].event
+        if SIGNALS[signal].event or SIGNALS[signal].per_rank
         for r in chart[signal]
     ]
     main.facts["ranks"] = facts

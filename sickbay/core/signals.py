@@ -3,6 +3,7 @@
 A signal is the only thing probes and exams (which measure) share with conditions (which judge).
 `event` signals are written only when something happened, so silence while watched means "did not happen";
 every other signal is written in health and sickness alike, so silence means "was not observed".
+Of `per_rank` signals the chart of a run holds the readings of all its ranks, those of rank 1 and up with `note["rank"]`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Signal:
     meaning: str
     absent: str = "it was not observed in this run"
     event: bool = False
+    per_rank: bool = False
 
 
 # fmt: off
@@ -30,8 +32,16 @@ _ROWS = (
     # --- the loop: order of calls and their numbers --------------------------------------------------------------
     Signal("loss", "nats", "run", "loss handed to backward, summed over the step's micro-batches", "no loss was seen"),
     Signal("eval_loss", "nats", "run", "mean loss of the forwards without gradient since the last step", "no evaluation was seen"),
+    Signal("train_loss", "nats", "run", "mean of the step's training losses as the loss function gave them: the same units as eval_loss", "no torch loss function was seen"),
+    Signal("validation_loss", "nats", "run", "mean loss of an evaluation's own data: of two passes between two steps, the one with the higher loss; note: error, batches", "no evaluation was seen"),
+    Signal("ngram_loss", "nats per token", "run", "what counts of all batches before lose on this one's new rows: the best of single tokens, pairs and triples; note: unigram, bigram, trigram, model (its own loss on the batch), tokens, counted", "no next-token training was seen"),
+    Signal("pairing_gain", "share of loss", "run", "by how much the loss is lower than with the targets of other rows, over that; 0 = inputs tell the model nothing; where: fresh, repeated (rows seen before), evaluation; note: rows, error", "no loss over rows of a batch was seen"),
+    Signal("input_conflicts", "share of rows", "run", "rows whose very input came before with another target, over all rows; note: rows, inputs (distinct), conditional, marginal (entropy of the targets, nats)", "no loss over rows of a batch was seen"),
+    Signal("input_dependence", "standard deviations", "run", "dependence of targets on inputs above that of pairs put together at random (HSIC, linear kernels); note: rows, noise (inputs look made up)", "no loss over rows of a batch was seen"),
     Signal("chance_loss", "nats", "run", "ln of the number of classes: the loss of a uniform guess; note: classes", "no classification loss was seen"),
     Signal("learning_rate", "per step", "run", "largest learning rate over the parameter groups", "no optimizer was seen"),
+    Signal("scheduler_steps", "scheduler steps", "run", "steps that a torch scheduler took until the run's end; note: updates (its optimizer's), moves (of these, how many found it advanced), planned, warmup, kind, optimizer, called, base, own_loop, unreached, stopped; where: class", "no torch scheduler was built"),
+    Signal("step_gain", "share of loss", "run", "how much the optimizer's next step lowers the loss of its own batch, tried on a copy; note: losses (by multiple of the step), best (multiple of the lowest loss), loss, rate, ratio", "no step was tried on a copy: updates were of ordinary size"),
     Signal("backwards_since_step", "backward calls", "run", "backward calls that reached the optimizer's parameters since its last step; where: optimizer", "no optimizer step was seen"),
     Signal("backwards_without_step", "backward calls", "run", "backward calls so far without any change of the weights; note: optimizers, scaler_skips", event=True),
     Signal("carried_gradient", "share of norm", "run", "norm of the gradients still there when the first backward after a step begins, over their norm at that step; 0 = zeroed; where: optimizer", "no second step was seen"),
@@ -46,7 +56,7 @@ _ROWS = (
     Signal("skipped_step", "steps", "run", "1 where GradScaler skipped the optimizer step, else 0", "no GradScaler was seen"),
     Signal("weight_norm", "L2 norm", "parameter", "norm of one weight tensor", "weights were not sampled"),
     Signal("update_ratio", "ratio", "parameter", "norm of the measured weight change over the norm of the weight, around one optimizer step", "no update was sampled"),
-    Signal("unmoved_share", "share of elements", "parameter", "share of elements with a gradient that did not move in a step; note: moved, elements, rounding (share that one ulp explains)", "no update was sampled"),
+    Signal("unmoved_share", "share of elements", "parameter", "share of elements with a gradient that did not move in a step; note: moved, elements, rounding (share that one ulp explains), dtype, rate, exact (the optimizer is torch's own, which rounds to nearest)", "no update was sampled"),
     Signal("nonfinite_weight", "elements", "parameter", "weights already NaN or infinite; note: updates_before", event=True),
     Signal("gradient_absent", "parameters", "parameter", "trainable parameters without any gradient so far; note: names, changes_output (true/false/null), op, backwards", event=True),
     Signal("missing_from_optimizer", "parameters", "parameter", "parameters that get gradients but are in no optimizer; note: names, kind (unregistered, created-later, skipped, upstream), share", event=True),
@@ -73,6 +83,44 @@ _ROWS = (
     Signal("attention_logit_max", "score", "module", "largest attention score before softmax", "no attention scores were recognised"),
     Signal("attention_entropy", "share of ln n", "module", "lowest mean entropy over heads, over that of uniform attention", "no attention scores were recognised"),
     Signal("dead_units", "share of units", "module", "share of a ReLU's units that were zero for every input of a batch; note: units, all_dead_so_far", "the model has no ReLU"),
+    # --- time -------------------------------------------------------------------------------------------------------
+    Signal("step_seconds", "seconds", "run", "median time of a step without sickbay's own; note: forward, backward, optimizer (shares of it), steps", "too few steps were timed"),
+    Signal("data_wait", "share of step time", "run", "median share of a step spent waiting for or making its batch; note: seconds, step_seconds, loader, workers, dataset, idle (share of the wait without computing)", "too few steps were timed"),
+    Signal("idle_copies", "share of step time", "run", "share of a step spent by lines between steps that copy into a name nobody reads; note: seconds, step_seconds", "too few steps were timed"),
+    Signal("float64_gain", "share of step time", "run", "measured share of a step that float32 would save; note: seconds64, seconds32, elements", "no step was profiled"),
+    Signal("loop_gain", "share of step time", "module", "measured share of a step that one batched call would save of a Python loop's calls; note: count, operation, loop_seconds, batched_seconds, rows", "no step was profiled"),
+    Signal("broadcast_gain", "share of step time", "module", "measured share of a step that a matrix product would save of a broadcast multiplication and its sum; note: shape, count, seconds, product_seconds", "no step was profiled"),
+    Signal("attention_gain", "share of step time", "module", "measured share of a step that scaled_dot_product_attention would save of attention written out; note: shape, count, seconds, fused_seconds", "no step was profiled"),
+    Signal("copy_share", "share of step time", "module", "measured share of a step spent on copies and casts without which outputs and gradients are bit-identical; note: count, bytes, kinds, seconds", "no step was profiled"),
+    Signal("single_forwards", "calls per step", "run", "calls of the model on one row each in a step; note: same_storage, shape, gain (times faster as one call, measured), saved (share of the step)", "no step called the model several times on one row"),
+    Signal("throughput_gain", "ratio", "run", "most rows a second over those at the script's own batch size, by repeating its rows; note: rows, knee, curve", "throughput was not measured"),
+    # --- memory ---------------------------------------------------------------------------------------------------------
+    Signal("kept_graphs", "steps", "run", "earlier steps whose autograd graph is still in memory at the end of a step", "no optimizer step after a backward was seen"),
+    Signal("kept_outputs", "bytes", "run", "model outputs of earlier steps that are still in memory; note: steps", event=True),
+    Signal("resident_memory", "bytes", "run", "memory in use at the end of a step: of the GPU's allocator where CUDA is used, else of the process", "memory in use could not be read"),
+    Signal("memory_holder", "steps or tensors", "run", "a variable that keeps more of the past with every step; note: kind (graph, tensors), path, type, function, bytes (per step), freed, drops, others", event=True),
+    Signal("memory_part", "bytes", "run", "one part of the training's memory, measured in one step; where: weights, gradients, optimizer, activations, logits; note: how", "memory was not taken apart in this run"),
+    Signal("block_activations", "bytes", "module", "bytes that one block keeps for its backward pass, in one step", "the autograd graph was not looked into"),
+    Signal("vocabulary_used", "share of rows", "parameter", "share of the embedding's rows whose ids have come in the data so far; note: rows, seen, tokens, steps, new_late (share of the rows seen that first came in the newer half of the steps), weight_bytes, trained, share (of all parameters), head, tied", "no embedding of token ids was seen"),
+    Signal("evaluation_graphs", "forwards", "run", "forwards in an evaluation that built a graph no backward used; note: kept (most graphs alive at once), bytes (of one forward's outputs), mode (evaluation, training)", event=True),
+    Signal("evaluation_outputs", "bytes", "run", "outputs of one evaluation's forwards that were alive at once; note: forwards", event=True),
+    # --- structure: initialisation, scale, depth --------------------------------------------------------------------
+    Signal("initial_loss", "nats", "run", "mean cross-entropy of the first batch, before any update; note: chance (ln of the classes), classes, targets, logit_std, trained (the weights were learned before)", "no cross-entropy over classes was seen in the first step"),
+    Signal("initial_gain", "ratio", "parameter", "RMS of a weight matrix before any update times sqrt of its fan-in: about 1 keeps the size of activations; note: rms, mean, fan_in, trained", "no weight matrix was seen in the first step's graph"),
+    Signal("clone_units", "bool", "parameter", "1 where all rows or all columns of a weight matrix are alike and so are those of its gradient; note: value, zero, no_gradient, shape", "no weight matrix was seen in the first step's graph"),
+    Signal("gradient_by_depth", "1 / weight", "parameter", "gradient norm over weight norm of a matrix; note: depth (order of first use), matrices, gradient", "no gradient could be computed in the first step's graph"),
+    Signal("input_rms", "RMS", "parameter", "RMS of the data that a first layer multiplies, after whatever the model does to it before; note: mean, std, largest, normalised (a normalisation alone sees the result)", "no layer multiplies the batch itself"),
+    Signal("target_rms", "RMS", "run", "RMS of a regression's targets; note: mean, std, output_rms (of the model before any update)", "no regression loss was seen in the first step"),
+    Signal("loss_floor", "nats", "run", "the lowest classification loss that the logits' bounds leave reachable, above that of unbounded ones; note: op, low, high, classes, chance", "no classification loss was seen in the first step"),
+    Signal("probability_sum", "sum", "run", "sum over classes of exp(what nll_loss was given): 1 for log-probabilities; note: least, largest, plain_sum", "no loss over log-probabilities was seen"),
+    # --- ranks ----------------------------------------------------------------------------------------------------------
+    Signal("rank_weights", "sum of absolute values", "run", "of the trained weights that one rank's forward used; where: the model's class; note: rank, by (what makes the ranks replicas), around, apart, layout, norms (by tensor), names, gradients, averaged", "only one process trained", per_rank=True),
+    Signal("rank_batch", "checksum", "batch", "mark of the first batch of one rank's step: inputs and targets; note: rank", "only one process trained", per_rank=True),
+    # --- generated text -----------------------------------------------------------------------------------------------
+    Signal("generated_repetition", "share of stretches", "run", "share of the stretches of generated tokens that repeat more n-grams than 99 of 100 stretches of the training text; note: stretch, gram, own and usual (median repeated shares), loop and period (longest, tokens), tokens, distinct_1, distinct_2, surprise, entropy, greedy, temperature, decoding settings", "no text of 24 tokens or more was generated in this run"),
+    Signal("sampling_temperature", "temperature", "run", "temperature under which the chosen tokens are likeliest, 0 = every one the model's first choice; note: surprise and entropy (nats per token at temperature 1), greedy (share of first choices), lead (nats of evidence against temperature 1), tokens", "no text of 24 tokens or more was generated in this run"),
+    Signal("generated_cross_entropy", "nats per token", "run", "generated text under counts of token pairs in the training text; note: usual (the same of training text left out of the counts), surprise, entropy, temperature, tokens", "no text of 24 tokens or more was generated in this run"),
+    Signal("generation_gap", "ratio", "module", "largest difference between the log-probabilities that the generating loop got and those of the training forward on the same tokens, over the spread of the latter; note: kl (nats), kind, tokens, half (half precision)", "no generation by a trained model was seen"),
     # --- things that broke ------------------------------------------------------------------------------------------
     Signal("nonfinite_step", "steps", "run", "a NaN or infinity was first noticed; note: what (loss, gradient, weight, update)", event=True),
     Signal("first_nonfinite", "elements", "module", "the first operation with a non-finite result from finite operands; note: op, phase, operands, result, chain", event=True),
