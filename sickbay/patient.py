@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sickbay.core.ngrams import NGrams
+
 _OWN_FOLDER = __file__.rsplit("/", 1)[0] + "/"
 _LIBRARY_MARKS = ("/site-packages/", "/dist-packages/", "/lib/python3", "<frozen ", "<string>", "/importlib/")
+GRAPH_MARK = "sickbay"  # the key, in a graph node's metadata, of the object that tells whether the graph is alive
 _MAX_CALLS = 32  # forwards kept until a backward uses them
 _MAX_LOSSES = 32
 _MAX_HELD = 2  # losses whose logits are kept until then
@@ -91,6 +94,7 @@ class Patient:
         self.norm_at_step = 0.0
         self.exam_seconds = 0.0
         self.functional: Callable[[], Any] | None = None
+        self.corpus: NGrams | None = None  # counts of the tokens trained on, once next tokens were seen
         self.dead_units: dict[str, set[int]] = {}
 
     @property
