@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "watch": "sickbay.doctor",
+    "checkup": "sickbay.checklist.conduct",
     "diagnose": "sickbay.registry",
     "explain": "sickbay.registry",
     "Chart": "sickbay.core.chart",
@@ -42,12 +43,14 @@ __all__ = [
     "Threshold",
     "Treatment",
     "__version__",
+    "checkup",
     "diagnose",
     "explain",
     "watch",
 ]
 
 if TYPE_CHECKING:
+    from sickbay.checklist.conduct import checkup
     from sickbay.core.chart import Chart, Reading
     from sickbay.core.condition import Condition
     from sickbay.core.diagnosis import Checkup, Diagnosis, Evidence, Threshold

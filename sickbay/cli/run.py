@@ -126,8 +126,7 @@ def _report(args: argparse.Namespace, settings: Settings, script: Script, rank: 
         from sickbay.core.condition import checkup
         from sickbay.report import record, terminal, write
 
-        chart = _chart(folder, rank)
-        chart.facts.update(_facts(script, rank, ended, chart))
+        chart = recorded_chart(folder, script, rank, ended)
         if still_running:
             chart.facts["problems"] = [*chart.facts.get("problems", ()), f"ranks {still_running} had not ended when this was written"]
         verdict = checkup(chart, registry.chosen(settings.select, settings.ignore))
@@ -157,6 +156,13 @@ def exit_code(fail_on: str | None, ended: Ended, verdict: Checkup) -> int:
     if ended.exit_code == 0 and any(diagnosis.severity in counted for diagnosis in verdict.diagnoses):
         return FINDINGS_EXIT
     return ended.exit_code
+
+
+def recorded_chart(folder: Path, script: Script, rank: launch.Rank, ended: Ended) -> Chart:
+    """What was recorded of `script` in `folder`, with the facts of its end."""
+    chart = _chart(folder, rank)
+    chart.facts.update(_facts(script, rank, ended, chart))
+    return chart
 
 
 def _chart(folder: Path, rank: launch.Rank) -> Chart:
