@@ -100,6 +100,7 @@ _ROWS = (
     Signal("resident_memory", "bytes", "run", "memory in use at the end of a step: of the GPU's allocator where CUDA is used, else of the process", "memory in use could not be read"),
     Signal("memory_holder", "steps or tensors", "run", "a variable that keeps more of the past with every step; note: kind (graph, tensors), path, type, function, bytes (per step), freed, drops, others", event=True),
     Signal("memory_part", "bytes", "run", "one part of the training's memory, measured in one step; where: weights, gradients, optimizer, activations, logits; note: how", "memory was not taken apart in this run"),
+    Signal("memory_limit", "bytes", "run", "the memory there is when it ran out; note: what, asked, rows, blocks, around, boundary, outputs, largest, adam", event=True),
     Signal("block_activations", "bytes", "module", "bytes that one block keeps for its backward pass, in one step", "the autograd graph was not looked into"),
     Signal("vocabulary_used", "share of rows", "parameter", "share of the embedding's rows whose ids have come in the data so far; note: rows, seen, tokens, steps, new_late (share of the rows seen that first came in the newer half of the steps), weight_bytes, trained, share (of all parameters), head, tied", "no embedding of token ids was seen"),
     Signal("evaluation_graphs", "forwards", "run", "forwards in an evaluation that built a graph no backward used; note: kept (most graphs alive at once), bytes (of one forward's outputs), mode (evaluation, training)", event=True),
@@ -113,6 +114,7 @@ _ROWS = (
     Signal("target_rms", "RMS", "run", "RMS of a regression's targets; note: mean, std, output_rms (of the model before any update)", "no regression loss was seen in the first step"),
     Signal("loss_floor", "nats", "run", "the lowest classification loss that the logits' bounds leave reachable, above that of unbounded ones; note: op, low, high, classes, chance", "no classification loss was seen in the first step"),
     Signal("probability_sum", "sum", "run", "sum over classes of exp(what nll_loss was given): 1 for log-probabilities; note: least, largest, plain_sum", "no loss over log-probabilities was seen"),
+    Signal("paired_broadcast", "ratio", "run", "elements of an operation between model and loss over those of its operands, which hold one number per sample each but lie in different dimensions; note: function, shapes, result, roles", event=True),
     # --- ranks ----------------------------------------------------------------------------------------------------------
     Signal("rank_weights", "sum of absolute values", "run", "of the trained weights that one rank's forward used; where: the model's class; note: rank, by (what makes the ranks replicas), around, apart, layout, norms (by tensor), names, gradients, averaged", "only one process trained", per_rank=True),
     Signal("rank_batch", "checksum", "batch", "mark of the first batch of one rank's step: inputs and targets; note: rank", "only one process trained", per_rank=True),

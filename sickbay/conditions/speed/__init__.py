@@ -1,0 +1,1 @@
+"""Slow training: the step takes longer than its arithmetic needs."""

@@ -1,0 +1,283 @@
+"""Where the time of a step goes: waiting for data, forward, backward, optimizer, rest.
+
+Stamps are taken at events that the loop tells anyway, sickbay's own time is taken out, and shares are medians over steps, so neither
+an evaluation now and then nor a start-up counts. Cost: about ten microseconds a step.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import dataloader
+
+from sickbay.core.record import RecordWriter
+from sickbay.patient import Patient, user_line
+from sickbay.probes.loop import Loop
+from sickbay.probes.statements import Place, Statements, data_lines, idle_copies
+from sickbay.probes.unseen import unseen
+
+SIGNALS = ("step_seconds", "data_wait", "idle_copies")
+
+PHASES = ("forward", "backward", "optimizer")
+_SKIPPED = 3  # first steps: workers start, caches fill, memory is taken for the first time
+_KEPT = 64  # newest steps that the medians are taken over
+_ENOUGH = 5  # steps that a median needs
+_REPORTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_WORTH_TRACING = 0.15  # share of the step between two steps, above which it is asked which of the script's lines take it
+_TRACED = 3  # stretches whose lines are timed
+_ATTEMPTS = 8
+_IDLES = 3.0  # a stretch this many times longer than its computing would have taken beside the rest of the step is waiting
+_TRIMMED = 0.1  # share of the steps, those that waited longest: the start of an epoch, workers spinning up
+
+
+@dataclass
+class Step:
+    """Seconds of one step: `gap` from the end of a step or backward to the next forward, `loader` inside a DataLoader's next.
+
+    `*_cpu`: processor seconds of the training thread in the same stretches.
+    """
+
+    wall: float = 0.0
+    cpu: float = 0.0
+    gap: float = 0.0
+    gap_cpu: float = 0.0
+    loader: float = 0.0
+    loader_cpu: float = 0.0
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    def slowed(self) -> float:
+        """How many times longer the computing part of the step took than it computed: other programs had the processor."""
+        busy = self.cpu - self.gap_cpu - self.loader_cpu
+        return max(1.0, (self.wall - self.gap - self.loader) / busy) if busy > 0 else 1.0
+
+    def idled(self, wall: float, cpu: float) -> float:
+        """Seconds that a stretch waited for something other than the processor, 0 where a busy machine can explain them."""
+        return wall - cpu if wall > _IDLES * cpu * self.slowed() else 0.0
+
+
+@dataclass
+class Fetching:
+    """The newest DataLoader iteration: how it loads and the user's line that drives it."""
+
+    workers: int = 0
+    dataset: str = ""
+    source: str = ""
+
+
+class Phases:
+    """Stamps the loop's events and writes medians over the newest steps."""
+
+    SIGNALS = SIGNALS
+
+    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
+        self.patient, self.record, self.loop = patient, record, loop
+        self.statements = Statements()
+        self.fetching = Fetching()
+        self._steps: list[Step] = []
+        self._step = Step()
+        self._count = 0
+        self._depth = 0
+        self._gap: tuple[float, float] | None = None
+        self._began: tuple[float, float] | None = None
+        self._phase: tuple[str, float] | None = None
+        self._inside = (0.0, 0.0)  # loader's seconds at the beginning of the gap
+        self._own_at_begin = 0.0
+        self._tracing = False
+        self._attempts = 0
+        self._stretches: list[tuple[float, dict[Place, float], set[Place], set[Place]]] = []
+
+    def _now(self) -> tuple[float, float]:
+        """Wall and processor seconds without sickbay's own; what it computes is at most what it lasts."""
+        own = self.loop.seconds
+        return time.perf_counter() - own, time.thread_time() - (own - self.patient.exam_seconds)
+
+    # --- the loader ---------------------------------------------------------------------------------------------------
+    def around_next(self, original: Any) -> Any:
+        @unseen
+        def __next__(iterator: Any) -> Any:
+            if self._depth or not self.loop.awake():
+                return original(iterator)
+            wall, cpu = time.perf_counter(), time.thread_time()
+            self._depth += 1
+            try:
+                return original(iterator)
+            finally:
+                self._depth -= 1
+                with self.loop.sheltered("next", self):
+                    self._fetched(iterator, time.perf_counter() - wall, time.thread_time() - cpu)
+
+        return __next__
+
+    def _fetched(self, iterator: Any, wall: float, cpu: float) -> None:
+        self._step.loader += wall
+        self._step.loader_cpu += cpu
+        self.statements.excuse(wall)
+        if not self.fetching.source:
+            dataset = type(getattr(iterator, "_dataset", None)).__name__
+            self.fetching = Fetching(int(getattr(iterator, "_num_workers", 0)), dataset, user_line(4))
+
+    # --- the loop's events ----------------------------------------------------------------------------------------------
+    def forward_begin(self, call: Any) -> None:
+        if self._tracing:
+            self._tracing = False
+            self._keep_stretch(self.statements.end(), call)
+        if self._gap is not None:
+            wall, cpu = self._now()
+            if call.grad_enabled:
+                self._step.gap += wall - self._gap[0] - (self._step.loader - self._inside[0])
+                self._step.gap_cpu += cpu - self._gap[1] - (self._step.loader_cpu - self._inside[1])
+                if self._count in (_SKIPPED, _SKIPPED + 2):
+                    self.statements.learn()
+            self._gap = None
+        self._enter("forward")
+
+    def forward_end(self, call: Any, output: Any) -> None:
+        self._leave()
+
+    def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        self._enter("backward")
+
+    def backward_end(self, loss: Tensor | None, kind: str) -> None:
+        self._leave()
+        self._open_gap()
+
+    def step_begin(self, optimizer: Any, late: bool) -> None:
+        self._gap = None
+        if not late:
+            self._enter("optimizer")
+
+    def step_end(self, optimizer: Any) -> None:
+        self._leave()
+
+    def round_end(self, step: int) -> None:
+        now = self._now()
+        if self._began is not None:
+            self._step.wall, self._step.cpu = now[0] - self._began[0], now[1] - self._began[1]
+            if self._count > _SKIPPED:
+                self._steps.append(self._step)
+                del self._steps[:-_KEPT]
+        self._began, self._step, self._phase = now, Step(), None
+        self._count += 1
+        self._open_gap()
+        if self._count in _REPORTS:
+            self._write()
+        self._trace()
+
+    def finish(self) -> None:
+        self._write()
+
+    def _enter(self, phase: str) -> None:
+        self._phase = (phase, self._now()[0])
+
+    def _leave(self) -> None:
+        if self._phase is not None:
+            phase, since = self._phase
+            self._step.phases[phase] += self._now()[0] - since
+            self._phase = None
+
+    def _open_gap(self) -> None:
+        self._gap = self._now()
+        self._inside = (self._step.loader, self._step.loader_cpu)
+
+    # --- which lines ----------------------------------------------------------------------------------------------------
+    def _trace(self) -> None:
+        """The lines up to the next forward are timed, where enough of the step passes between steps to be worth a look."""
+        if len(self._stretches) >= _TRACED or self._attempts >= _ATTEMPTS or len(self._steps) < _ENOUGH:
+            return
+        if statistics.median(s.gap / s.wall if s.wall > 0 else 0.0 for s in self._steps) < _WORTH_TRACING:
+            return
+        self._attempts += 1
+        self._own_at_begin = self.loop.seconds
+        self._tracing = self.statements.begin()
+
+    def _keep_stretch(self, stretch: Any, call: Any) -> None:
+        if stretch is None or not call.grad_enabled or not stretch.spent:
+            return
+        first = next(iter(stretch.spent))
+        stretch.spent[first] = max(0.0, stretch.spent[first] - (self.loop.seconds - self._own_at_begin))
+        losses = [loss for loss in self.patient.losses if loss.grad_enabled]
+        source = losses[-1].source if losses else self._loss_source
+        self._stretches.append((sum(stretch.spent.values()), stretch.spent, data_lines(stretch, source), idle_copies(stretch)))
+
+    _loss_source = ""
+
+    def loss(self, call: Any) -> None:
+        if not self._loss_source and call.grad_enabled:
+            self._loss_source = call.source
+
+    def _share_of(self, which: int) -> tuple[float, str]:
+        """The share of the traced stretches that lines of one kind took, and the costliest of them as file:line."""
+        by_line: Counter[Place] = Counter()
+        total = 0.0
+        for whole, spent, data, copies in self._stretches:
+            total += whole
+            for place in (data, copies)[which]:
+                by_line[place] += max(0.0, spent.get(place, 0.0))  # type: ignore[assignment]
+        if not by_line or total <= 0:
+            return 0.0, ""
+        (file, _, line), _ = by_line.most_common(1)[0]
+        return min(1.0, sum(by_line.values()) / total), f"{file}:{line}"
+
+    def _starved(self, step: Step) -> float:
+        """What other programs slow worker processes down by, too."""
+        return step.slowed() if self.fetching.workers else 1.0
+
+    # --- what is written --------------------------------------------------------------------------------------------------
+    def _write(self) -> None:
+        steps = [step for step in self._steps if step.wall > 0]
+        if len(steps) < _ENOUGH:
+            return
+        wall = statistics.median(step.wall for step in steps)
+        shares = {phase: round(statistics.median(step.phases[phase] / step.wall for step in steps), 4) for phase in PHASES}
+        self.record.read("step_seconds", wall, note={**shares, "steps": len(steps)})
+        own, line = self._share_of(0)
+        # Processor seconds do not depend on what else the machine does; a device or other ranks are waited for in wall seconds.
+        alone = int(os.environ.get("WORLD_SIZE") or 1) == 1 and not torch.cuda.is_initialized()
+        rest = _low([(s.cpu - s.loader_cpu - s.gap_cpu * own) if alone else (s.wall - s.loader - s.gap * own) for s in steps])
+        loading = _low([s.loader_cpu for s in steps]) + _usual([s.idled(s.loader, s.loader_cpu) / self._starved(s) for s in steps])
+        making = _low([s.gap_cpu * own for s in steps]) + _usual([s.idled(s.gap * own, s.gap_cpu * own) for s in steps])
+        computed = _low([s.loader_cpu + s.gap_cpu * own for s in steps])
+        spent, by_loader = loading + making, loading >= making
+        note = {
+            "seconds": spent,
+            "step_seconds": spent + rest,
+            "loader": by_loader,
+            "workers": self.fetching.workers if by_loader else 0,
+            "dataset": self.fetching.dataset if by_loader else "",
+            "idle": round(1 - min(1.0, computed / spent), 3) if spent > 0 else 0.0,
+            "steps": len(steps),
+        }
+        share = spent / (spent + rest) if spent + rest > 0 else 0.0
+        self.record.read("data_wait", share, note=note, source=self.fetching.source if by_loader else line)
+        copied, line = self._share_of(1)
+        share = statistics.median(step.gap / step.wall for step in steps) * copied
+        self.record.read("idle_copies", share, note={"seconds": share * wall, "step_seconds": wall}, source=line)
+
+
+def _low(seconds: list[float]) -> float:
+    """The lower quartile: what a stretch takes when nothing disturbs it."""
+    return max(0.0, sorted(seconds)[len(seconds) // 4])
+
+
+def _usual(seconds: list[float]) -> float:
+    """The mean without the largest: batches that come in bunches are waited for by turns."""
+    kept = sorted(seconds)[: max(1, int(len(seconds) * (1 - _TRIMMED)))]
+    return sum(kept) / len(kept)
+
+
+def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
+    """From now on the phases of each step are timed."""
+    probe = Phases(patient, record, loop)
+    events = ("forward_begin", "forward_end", "loss", "backward_begin", "backward_end", "step_begin", "step_end", "round_end", "finish")
+    for event in events:
+        loop.on(event, probe, getattr(probe, event))
+    loop.replace(dataloader._BaseDataLoaderIter, "__next__", probe.around_next)
+    return probe.statements.end  # type: ignore[return-value]
