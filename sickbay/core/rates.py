@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def plan_of_function(function: Callable[[int], object]) -> Plan:
         (before, low), (step, value) = after[index - 1], after[min(index, len(after) - 1)]
         if value > low + _FLAT * peak:
             rising = [_value(function, at) for at in range(before, step + 1)]
-            jumps = any(later - earlier > _JUMP * peak for earlier, later in zip(rising, rising[1:]))
+            jumps = any(later - earlier > _JUMP * peak for earlier, later in itertools.pairwise(rising))
             waves = jumps or low > _TROUGH * peak or _straight_from(function, before, low, peak)
             return Plan("restarts", None, warmup) if waves else Plan("decay", before, warmup)
     length = after[end][0] if end < len(after) - 1 else None

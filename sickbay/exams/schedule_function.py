@@ -11,7 +11,6 @@ from sickbay.core.record import RecordWriter
 from sickbay.exams import fork
 from sickbay.exams.asking import Asking
 from sickbay.patient import Patient
-from sickbay.probes.loop import Loop
 
 _SECONDS = 5.0  # after which a function that answers a thousand times is given up
 _MOST = 4  # schedulers asked: each is a copy of the process, a few milliseconds
@@ -35,7 +34,7 @@ class ScheduleFunction:
             take(Plan(**answer))
 
 
-def attach(patient: Patient, record: RecordWriter, loop: Loop, asking: Asking) -> Callable[[], None]:
+def attach(patient: Patient, record: RecordWriter, loop: Any, asking: Asking) -> Callable[[], None]:
     """From now on schedules that are functions are asked for their plan, once each."""
     exam = ScheduleFunction(asking)
     loop.on("schedule_function", exam, exam.schedule_function)

@@ -24,7 +24,6 @@ from sickbay.exams.fork import NoAnswer
 from sickbay.exams.rebuild import again, as_logits
 from sickbay.exams.trace import conditions_of
 from sickbay.patient import Patient, bare, tensors_in, user_line
-from sickbay.probes.loop import Loop
 
 SIGNALS = ("step_gain",)
 
@@ -169,7 +168,7 @@ def _loss(patient: Patient) -> float:
     raise RuntimeError("the loss could not be computed again from the model's output")
 
 
-def attach(patient: Patient, record: RecordWriter, loop: Loop, asking: Asking) -> Callable[[], None]:
+def attach(patient: Patient, record: RecordWriter, loop: Any, asking: Asking) -> Callable[[], None]:
     """From now on updates of unusual size are tried out on a copy."""
     exam = StepSize(patient, record, asking)
     for event in ("backward_begin", "step_begin", "step_end"):

@@ -15,7 +15,7 @@ _MAX_FILES, _MAX_BYTES = 64, 1 << 20
 
 @dataclass
 class StepCalls:
-    """`own_loop`: the lines that step the optimizer do so themselves, no library's loop does. `others`: lines with `.step` of something else."""
+    """`own_loop`: the script's lines step the optimizer, no library's loop does. `others`: lines with `.step` of something else."""
 
     own_loop: bool = False
     others: list[str] = field(default_factory=list)
