@@ -27,7 +27,8 @@ from sickbay.probes.loop import Loop
 
 SIGNALS = (*masks.SIGNALS, *internals.SIGNALS, "first_nonfinite")
 
-EXAMS: tuple[str, ...] = ("holders", "structure", "schedule_function", "step_size", "speed", "generation_path", "broadcasts", "memory_parts")  # modules of exams/ that know themselves when their question is due: `attach(patient, record, loop, asking)`
+# Modules of exams/ that know themselves when their question is due: `attach(patient, record, loop, asking)`.
+EXAMS: tuple[str, ...] = ("holders", "structure", "schedule_function", "step_size", "speed", "generation_path", "broadcasts", "memory_parts")
 
 _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
@@ -70,9 +71,10 @@ class Examiner:
 
     def _operation(self, function: Any, args: Any, result: Any, start: int) -> None:
         """An operation between the model's output and backward: who pairs operands is told, if it made something larger than they are."""
-        if len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor) and isinstance(result, Tensor):
-            if result.shape != args[0].shape and result.shape != args[1].shape:
-                self.loop.emit("outgrown", function, args, result, start)
+        if len(args) != 2 or not all(isinstance(tensor, Tensor) for tensor in (*args, result)):
+            return
+        if result.shape != args[0].shape and result.shape != args[1].shape:
+            self.loop.emit("outgrown", function, args, result, start)
 
     # --- the loop's events ----------------------------------------------------------------------------------------
     def forward_begin(self, call: Any) -> None:

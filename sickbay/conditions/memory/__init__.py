@@ -1,0 +1,1 @@
+"""Memory issues: what does not fit, what fills it, and what is never given back."""
