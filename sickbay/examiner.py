@@ -28,7 +28,16 @@ from sickbay.probes.loop import Loop
 SIGNALS = (*masks.SIGNALS, *internals.SIGNALS, "first_nonfinite")
 
 # Modules of exams/ that know themselves when their question is due: `attach(patient, record, loop, asking)`.
-EXAMS: tuple[str, ...] = ("holders", "structure", "schedule_function", "step_size", "speed", "generation_path", "broadcasts", "memory_parts")
+EXAMS: tuple[str, ...] = (
+    "holders",
+    "structure",
+    "schedule_function",
+    "step_size",
+    "speed",
+    "generation_path",
+    "broadcasts",
+    "memory_parts",
+)
 
 _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ MAX_NODES = 512
 # (node name, function name, user's file:line), one for each autograd node in the order they were made.
 Segment = list[tuple[str, str, str]]
 
+# Told of each recorded call with positional arguments: (function, arguments, result, sequence number at the stretch's beginning).
+Told = Callable[[Any, Any, Any, int], None]
+
 
 class LossLines:
     """`begin()` where the model's forward ends, `end()` where backward begins; both may be called at any time, any number of times.
@@ -31,8 +35,9 @@ class LossLines:
     `segments`: what was learnt, one list for each stretch; nothing is added after `steps` of them have been seen by `end_step`.
     """
 
-    def __init__(self, segments: list[Any] | None = None, steps: int = STEPS) -> None:
+    def __init__(self, segments: list[Any] | None = None, steps: int = STEPS, told: Told | None = None) -> None:
         self.segments: list[Any] = [] if segments is None else segments
+        self._told = told
         self._left = steps
         self._mode: Recorder | None = None
 
@@ -48,7 +53,7 @@ class LossLines:
             return
         try:
             if torch._C._len_torch_function_stack() == 0 and not torch.compiler.is_compiling() and not _compiles():
-                mode = Recorder()
+                mode = Recorder(self._told)
                 torch._C._push_on_torch_function_stack(mode)
                 self._mode = mode
         except Exception:
@@ -75,10 +80,12 @@ class LossLines:
 
 
 class Recorder(TorchFunctionMode):
-    """Passes every call on unchanged and notes which autograd nodes it made."""
+    """Passes every call on unchanged and notes which autograd nodes it made; `told` is called with each, and must not raise."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Told | None = None) -> None:
         super().__init__()
+        self.told = told
+        self.start = int(torch._C._autograd._get_sequence_nr())
         self.made: list[Any] = []
         self.recording = True
         self.thread = threading.get_ident()
@@ -90,6 +97,8 @@ class Recorder(TorchFunctionMode):
         before = torch._C._autograd._get_sequence_nr()
         result = func(*args, **(kwargs or {}))
         self.note(func, result, before)
+        if self.told is not None:
+            self.told(func, args, result, self.start)
         return result
 
     def note(self, func: Any, result: Any, before: int) -> None:

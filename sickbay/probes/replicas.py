@@ -45,6 +45,8 @@ class Replicas:
         self.wrapped: weakref.WeakKeyDictionary[nn.Module, tuple[bool, frozenset[str]]] = weakref.WeakKeyDictionary()
         self.samplers = 0
         self._synced: set[str] = set()
+        self._sums = False
+        self._backward_is_over = False
         self._averages_weights = False
         self._exchanges = False
         self._pointers: set[int] = set()
@@ -70,7 +72,14 @@ class Replicas:
             self.record.read("rank_batch", batch, source=calls[0].source)
         self._weights = _norms([parameter.detach() for _, parameter in self._parameters()])
 
+    def forward_begin(self, call: Any) -> None:
+        self._backward_is_over = False
+
+    def backward_end(self, loss: Tensor | None, kind: str) -> None:
+        self._backward_is_over = True
+
     def step_begin(self, optimizer: Any, late: bool) -> None:
+        self._backward_is_over = False
         if self._step == self.record.step and not self._gradients:
             self._gradients = _norms([torch.zeros(()) if p.grad is None else p.grad.detach() for _, p in self._parameters()])
 
@@ -108,6 +117,8 @@ class Replicas:
                 return "DistributedDataParallel", {name for name in names if name in ignored}
         if len(self._synced & set(names)) >= len(names) / 2:
             return "all_reduce of the gradients", set(names) if self._exchanges else set(names) - self._synced
+        if self._sums:  # in one piece, some may be missing: which ones is seen in whether they stay equal
+            return "all_reduce of the gradients", set(names)
         return ("DistributedSampler", set()) if self.samplers else ("", set())
 
     def collective(self, name: str, tensor: Any) -> None:
@@ -125,8 +136,10 @@ class Replicas:
             return
         made = [(name, p.grad) for name, p in everything if p.grad is not None]
         found = [name for name, gradient in made if gradient.data_ptr() == tensor.data_ptr()]
-        if not found and len(made) > 1 and tensor.numel() == sum(gradient.numel() for _, gradient in made):
+        whole = sum(gradient.numel() for _, gradient in made)
+        if not found and len(made) > 1 and tensor.numel() == whole:
             found = [name for name, _ in made]
+        self._sums = self._sums or (self._backward_is_over and len(made) > 1 and tensor.numel() > whole / 2)
         self._synced.update(found)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -216,7 +229,7 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     if "torch.distributed" not in sys.modules or not dist.is_available():
         return lambda: None
     probe = Replicas(patient, record, loop)
-    for event in ("backward_begin", "step_begin", "round_end"):
+    for event in ("forward_begin", "backward_begin", "backward_end", "step_begin", "round_end"):
         loop.on(event, probe, getattr(probe, event))
     loop.replace(DistributedDataParallel, "__init__", probe.around_wrapper)
     loop.replace(DistributedSampler, "__init__", probe.around_sampler)

@@ -24,6 +24,8 @@ Sources
 
 from __future__ import annotations
 
+import itertools
+
 from sickbay.core.chart import Chart, Reading
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
@@ -46,7 +48,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
         return NotExamined("nothing shows that the ranks are to hold the same weights")
     spreads = [_spread(ranks, pairs[0]) for ranks in pairs]
     apart = [spread > APART for spread, _ in spreads]
-    again = any(earlier and not later for earlier, later in zip(apart, apart[1:]))
+    again = any(earlier and not later for earlier, later in itertools.pairwise(apart))
     if again or sum(apart) < MARKS or any(mark.note.get("averaged") for mark in pairs[-1].values()):
         return None
     return _found(pairs[apart.index(True)], by, *spreads[apart.index(True)], worst=max(spreads)[0], names=_names(pairs))
