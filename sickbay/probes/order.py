@@ -217,10 +217,14 @@ class Order:
 
     # --- updates written by hand ----------------------------------------------------------------------------------
     def _look_for_hand_written_steps(self, loss: Tensor | None) -> None:
-        """No torch optimizer steps: leaves of the loss' graph whose values moved since the last backward were updated by the script."""
-        if self._backwards <= 2 and loss is not None:
-            self._leaves = [weakref.ref(leaf) for leaf in leaves_of(loss)]
+        """No torch optimizer steps: leaves of the loss' graph whose values moved since the last backward were updated by the script.
+
+        It may have changed them in place, or put new ones in their stead.
+        """
         leaves = [leaf for ref in self._leaves if (leaf := ref()) is not None]
+        if loss is not None and (self._backwards <= 2 or len(leaves) < len(self._leaves)):
+            leaves = leaves_of(loss)
+            self._leaves = [weakref.ref(leaf) for leaf in leaves]
         now = tuple(float(leaf.detach().reshape(-1)[0]) for leaf in leaves[:8] if leaf.numel())
         if self._print and now and now != self._print:
             held = self._by_hand

@@ -1,0 +1,65 @@
+"""Updates that a script makes by its own hand are measured like an optimizer's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sickbay
+
+STEPS = 12
+RATE = 0.5
+
+
+def _in_place(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        for weight, gradient in zip(weights.values(), gradients):
+            weight -= RATE * gradient
+    return weights
+
+
+def _in_their_stead(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+    return {name: (w - RATE * g).detach().requires_grad_() for (name, w), g in zip(weights.items(), gradients)}
+
+
+def _train(update: object, steps: int = STEPS) -> list[float]:
+    """Trains a linear model by hand; the true ratio of each update to the first weight."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(32, 4), torch.randint(0, 3, (32,))
+    weights = {"w": torch.randn(4, 3).requires_grad_(), "b": torch.ones(3).requires_grad_()}
+    ratios = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(inputs @ weights["w"] + weights["b"], targets)
+        for weight in weights.values():
+            weight.grad = None
+        loss.backward()
+        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+        ratios.append(float(RATE * gradients[0].norm() / weights["w"].detach().norm()))
+        weights = update(weights, gradients)  # type: ignore[operator]
+    return ratios
+
+
+@pytest.mark.parametrize("update", [_in_place, _in_their_stead])
+def test_the_update_is_the_measured_change(tmp_path: Path, update: object) -> None:
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        ratios = _train(update)
+    chart = doctor.chart()
+    measured = [reading for reading in chart["update_ratio"] if "[4, 3]" in reading.where]
+    assert measured and measured[0].step == 0
+    assert measured[0].value == pytest.approx(ratios[0], rel=1e-4)
+    assert len(chart["loss"]) >= STEPS - 1
+
+
+def test_an_optimizer_is_not_measured_twice(tmp_path: Path) -> None:
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        model = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        for _ in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.randint(0, 3, (8,))).backward()
+            optimizer.step()
+    places = [(reading.step, reading.where) for reading in doctor.chart()["update_ratio"]]
+    assert places and len(places) == len(set(places))
