@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sickbay.core.passes import highest_pass
 from sickbay.core.record import RecordWriter
 from sickbay.patient import LossCall, Patient, user_line
 from sickbay.probes.loop import Loop
 from sickbay.probes.loss_lines import call_beside
 from sickbay.probes.unseen import interpose, unseen
 
-SIGNALS = ("eval_loss", "chance_loss", "ignored_targets")
+SIGNALS = ("train_loss", "eval_loss", "validation_loss", "chance_loss", "ignored_targets")
 
 _FUNCTIONS = (
     "cross_entropy",
@@ -32,6 +33,7 @@ _FUNCTIONS = (
 )
 _CLASSIFYING = ("cross_entropy", "nll_loss")
 _FIRST_READINGS = 8
+_MAX_EVALUATED = 4096  # batches of one evaluation
 
 
 class Losses:
@@ -42,7 +44,10 @@ class Losses:
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record, self.loop = patient, record, loop
         self._depth = 0
-        self._evaluated: list[float] = []
+        self._evaluated: list[tuple[str, float, int]] = []
+        self._pending: list[tuple[str, float, bool]] = []
+        self._trained: list[float] = []
+        self._asked = ""
         self._ignored_readings = 0
         self._chance_known = False
 
@@ -86,10 +91,12 @@ class Losses:
             return
         if call.grad_enabled:
             self._training_loss(call)
+            if value.numel() == 1 and value.device.type == "cpu" and len(self._pending) < _MAX_EVALUATED:
+                self._pending.append((_asked(call), value.item(), call.evaluating))
         elif value.numel() == 1:
             self.patient.losses.pop()  # an evaluation's tensors must not be kept alive
-            if len(self._evaluated) < 4096 and self.record.step > 0 and value.device.type == "cpu":
-                self._evaluated.append(value.item())
+            if value.device.type == "cpu":
+                self._evaluation(_asked(call), value.item(), call.targets.numel())
         self.loop.emit("loss", call)
 
     def _training_loss(self, call: LossCall) -> None:
@@ -103,7 +110,28 @@ class Losses:
             self._ignored_readings += 1
             write_ignored(self.record, call)
 
+    def _evaluation(self, asked: str, value: float, count: int) -> None:
+        if len(self._evaluated) < _MAX_EVALUATED and self.record.step > 0 and math.isfinite(value):
+            self._evaluated.append((asked, value, max(1, count)))
+
+    def _take_pending(self) -> None:
+        """What a model in training mode lost is trained on; in evaluation mode before it, an evaluation that does without no_grad."""
+        pending, self._pending = self._pending, []
+        everything = all(evaluating for *_, evaluating in pending)
+        for asked, value, evaluating in pending:
+            if evaluating and not everything:
+                self._evaluation(asked, value, 1)
+                continue
+            self._asked = self._asked or asked
+            if asked == self._asked and math.isfinite(value):
+                self._trained.append(value)
+
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        """What was lost since the last backward is sorted."""
+        self._take_pending()
+        self._look_at_targets(loss)
+
+    def _look_at_targets(self, loss: Tensor | None) -> None:
         """A batch without any target makes the mean 0/0; the check is paid only once the loss is not finite."""
         if loss is None or loss.numel() != 1 or loss.device.type != "cpu" or math.isfinite(loss.item()):
             return
@@ -112,11 +140,30 @@ class Losses:
                 write_ignored(self.record, call)
 
     def round_end(self, step: int) -> None:
-        if self._evaluated:
-            finite = [value for value in self._evaluated if math.isfinite(value)]
-            if finite:
-                self.record.read("eval_loss", sum(finite) / len(finite), note={"batches": len(self._evaluated)})
-            self._evaluated.clear()
+        if self._trained:
+            self.record.read("train_loss", sum(self._trained) / len(self._trained))
+            self._trained.clear()
+        self._write_evaluation()
+
+    def finish(self) -> None:
+        """The evaluation after the last step."""
+        self._write_evaluation()
+
+    def _write_evaluation(self) -> None:
+        """Losses that ask what training asks, if there are any: an evaluation may compute others beside them."""
+        evaluated, self._evaluated = self._evaluated, []
+        chosen = [row for row in evaluated if row[0] == self._asked] or evaluated
+        if not chosen:
+            return
+        losses, weights = [value for _, value, _ in chosen], [count for *_, count in chosen]
+        self.record.read("eval_loss", sum(losses) / len(losses), note={"batches": len(losses)})
+        highest = highest_pass(losses, weights)
+        self.record.read("validation_loss", highest.mean, note={"error": highest.error, "batches": highest.batches})
+
+
+def _asked(call: LossCall) -> str:
+    """What the loss is of: the function, and the number of classes or of features."""
+    return f"{call.name} {call.reduction} of {call.logits.shape[1] if call.logits.dim() > 1 else 1}"
 
 
 def write_ignored(record: RecordWriter, call: LossCall) -> None:
@@ -133,6 +180,7 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     undo = [interpose(getattr(F, name), functools.partial(probe.around, name)) for name in _FUNCTIONS]
     loop.on("backward_begin", probe, probe.backward_begin)
     loop.on("round_end", probe, probe.round_end)
+    loop.on("finish", probe, probe.finish)
 
     def detach() -> None:
         while undo:

@@ -53,6 +53,7 @@ class Pairing:
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record = patient, record
         self._purse = Purse(SHARE, FIRST)
+        self._evaluation_purse = Purse(SHARE / 4, FIRST / 2)  # so that something is left for what comes late
         self._rows: tuple[int, int] | None = None
         self._last: dict[int, float] = {}
         self._targets: Counter[float] = Counter()
@@ -84,9 +85,9 @@ class Pairing:
 
     def loss(self, call: LossCall) -> None:
         """An evaluation's outputs are scored by the rows that training's were."""
-        if call.grad_enabled or self._rows is None or not self.record.step or not self._purse.affords():
+        if call.grad_enabled or self._rows is None or not self.record.step or not self._evaluation_purse.affords():
             return
-        with self._purse.paying():
+        with self._evaluation_purse.paying():
             count = call.targets.numel() // self._rows[1]
             scores = gains(call, count, self._rows[1]) if count * self._rows[1] == call.targets.numel() else None
             if scores is not None:
@@ -103,7 +104,7 @@ class Pairing:
         told = sum(gain / error**2 for gain, error in self._gains if error) / weight * math.sqrt(weight) if weight else 0.0
         if len(self._examples) >= _FEWEST_EXAMPLES and told < _SURE:
             x, y = self._examples.features(), self._examples.targets()
-            note = {"rows": len(x), "noise": self._examples.look_made_up()}
+            note = {"rows": len(x), "noise": self._examples.look_made_up(), "columns": int((x != x[0]).any(axis=0).sum())}
             self.record.read("input_dependence", dependence_z(x, y), note=note, source=self._source)
 
     # --- one batch ----------------------------------------------------------------------------------------------------
