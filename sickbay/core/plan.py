@@ -5,6 +5,7 @@ Peak of a step: weights and optimizer state stand all the time; activations fall
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -200,7 +201,7 @@ def peak_learning_rate(parameters: float) -> float:
     known: Sequence[tuple[float, float]] = ((1e6, 1e-3), (1.25e8, 6e-4), (1.3e9, 2e-4), (6.7e9, 1.2e-4), (1.75e11, 0.6e-4))
     if parameters <= known[0][0]:
         return known[0][1]
-    for (small, high), (large, low) in zip(known, known[1:]):
+    for (small, high), (large, low) in itertools.pairwise(known):
         if parameters <= large:
             share = math.log(parameters / small) / math.log(large / small)
             return math.exp(math.log(high) + share * math.log(low / high))

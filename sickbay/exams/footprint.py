@@ -46,7 +46,7 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def kept_by(model: nn.Module, forward: Callable[[], Any]) -> Kept:
-    """What `forward()`, which calls `model` on shape-only tensors and gives its outputs, keeps. `model`'s hooks are as before afterwards."""
+    """What `forward()`, which calls `model` on shape-only tensors and gives its outputs, keeps. `model`'s hooks are as before."""
     own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     kept, current = Kept(), [""]
     seen: dict[int, Any] = {}

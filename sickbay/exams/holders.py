@@ -68,7 +68,7 @@ class Holders:
         if self._before is None or step < self._look_again:
             return
         frame, before = sys._getframe(1), self._before
-        self._before = None
+        self._before, self._look_again = None, -1
         self._searches += 1
         line = user_line(3)
         answer = self._ask(lambda: grown(frame, before, _WAIT))
@@ -84,7 +84,7 @@ class Holders:
 
 
 def holder_of_graphs(frame: Any, marks: list[Any], patient: Patient) -> dict[str, Any] | None:
-    """Which variable keeps the graphs of `marks` (weak references) alive; None if only unreachable cycles do, which Python clears itself."""
+    """Which variable keeps the graphs of `marks` (weak references) alive; None if only cycles do, which Python clears itself."""
     gradients = [
         (f"{name}.grad", parameter.grad)
         for root in patient.roots

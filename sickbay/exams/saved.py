@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +13,17 @@ MAX_NODES = 200_000
 _BLOCK = re.compile(r"^(.*?\.\d+)(?=\.)")
 
 
-@lru_cache(maxsize=512)
-def _fields(kind: Hashable) -> tuple[str, ...]:
+_known_fields: dict[type, tuple[str, ...]] = {}
+
+
+def _fields(kind: type) -> tuple[str, ...]:
+    known = _known_fields.get(kind)
+    if known is not None:
+        return known
     names = [name for name in dir(kind) if name.startswith("_saved_")]
-    return (*names, "saved_tensors") if "saved_tensors" in dir(kind) and not names else tuple(names)
+    found = (*names, "saved_tensors") if "saved_tensors" in dir(kind) and not names else tuple(names)
+    _known_fields[kind] = found
+    return found
 
 
 def nodes_of(tensors: Iterable[Tensor], limit: int = MAX_NODES) -> list[Any]:

@@ -68,9 +68,8 @@ def _stores(file: str, name: str) -> Iterator[tuple[int, int, str]]:
         return
     for function, in_loop, node in _walk(tree, "", False):
         weight = 0
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _PUTS and _is(node.func.value, name):
-            weight = 4
-        elif isinstance(node, ast.AugAssign) and _is(node.target, name):
+        called = node.func if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _PUTS else None
+        if (called is not None and _is(called.value, name)) or (isinstance(node, ast.AugAssign) and _is(node.target, name)):
             weight = 4
         elif isinstance(node, ast.Assign) and any(_is(target, name) for target in _targets(node)):
             subscripted = any(isinstance(target, ast.Subscript) for target in _targets(node))

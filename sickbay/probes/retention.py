@@ -27,9 +27,11 @@ _REMEMBERED = 256
 _RECENT = 2  # steps: the variables of the loop still hold the last step's loss until they are assigned anew
 _FIRST_READINGS = 4
 _OUTPUTS = 8  # tensors of one output that are followed
+_DEEP_EVERY = 2  # steps between marks at a graph's beginning, which whatever is kept of its middle keeps as well
+_HOPS = 1000
 _WINDOW = 5  # steps whose median memory is one point of the trend
 _SETTLED = 4  # first steps: optimizer state and the allocator's arenas are still being made
-_GROWTH = 12 << 20  # bytes over three windows that are worth a look; a heap's own fragmentation stays below
+_GROWTH = 5 << 20  # bytes over three windows that are worth a look
 _EVEN = 0.3  # a leak's growth is steady: the smaller of two increments is at least this share of the larger
 
 
@@ -61,21 +63,25 @@ class Retention:
     def forward_end(self, call: ForwardCall, output: Any) -> None:
         if not call.grad_enabled:
             return
-        mark = Mark(self.record.step)
+        mark, first = Mark(self.record.step), None
         for number, (_, tensor) in enumerate(tensors_in(output)):
             if number >= _OUTPUTS:
                 break
             if tensor.grad_fn is not None and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                self._mark(tensor, mark)
+                self._mark(tensor.grad_fn, mark)
+                if first is None:
+                    first = tensor.grad_fn
                 if tensor.layout == torch.strided and tensor.device.type != "meta":
                     self._outputs.append((self.record.step, tensor.nbytes, StorageWeakRef(tensor.untyped_storage())))
 
+        if first is not None and self._rounds % _DEEP_EVERY == 0:
+            self._mark(_beginning(first), mark)
+
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         if kind != "func" and loss is not None and loss.grad_fn is not None:
-            self._mark(loss, Mark(self.record.step))
+            self._mark(loss.grad_fn, Mark(self.record.step))
 
-    def _mark(self, tensor: Tensor, mark: Mark) -> None:
-        node: Any = tensor.grad_fn
+    def _mark(self, node: Any, mark: Mark) -> None:
         if GRAPH_MARK not in node.metadata:
             node.metadata[GRAPH_MARK] = mark
             self._marks.append(weakref.ref(mark))
@@ -145,6 +151,16 @@ class Retention:
     def close(self) -> None:
         if self._statm is not None:
             self._statm.close()
+
+
+def _beginning(node: Any) -> Any:
+    """The node that `node`'s graph begins with, along first operands: in a residual network a few hops a block."""
+    for _ in range(_HOPS):
+        following = next((one for one, _ in node.next_functions if one is not None and one.next_functions), None)
+        if following is None:
+            break
+        node = following
+    return node
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """An allocation failed: the step needs more memory than there is.
 
 Looks like
-    torch.OutOfMemoryError, "DefaultCPUAllocator: can't allocate memory", MemoryError, or the process is gone with SIGKILL (137) and no word.
+    torch.OutOfMemoryError, "DefaultCPUAllocator: can't allocate memory", MemoryError, or a process that is gone with SIGKILL (137).
 
 Why
     Weights, their gradients and the optimizer's state stand all the time (16 bytes a parameter with Adam in float32); activations grow with
