@@ -24,7 +24,27 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PROBES = ("phases", "losses", "gradients", "by_hand", "order", "updates", "parameters", "batches", "corpus", "pairing", "scaling", "schedules", "exceptions", "retention", "replicas", "generation", "evaluation_memory", "vocabulary")
+PROBES = (
+    "phases",
+    "losses",
+    "gradients",
+    "by_hand",
+    "order",
+    "updates",
+    "parameters",
+    "batches",
+    "corpus",
+    "pairing",
+    "scaling",
+    "schedules",
+    "exceptions",
+    "retention",
+    "replicas",
+    "checkpoints",
+    "generation",
+    "evaluation_memory",
+    "vocabulary",
+)
 
 
 class Watch:
