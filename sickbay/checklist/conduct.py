@@ -199,6 +199,9 @@ class _Visit:
                 self.problems.append(f"the watched steps: {reason}")
                 for name in _WATCHED:
                     self.rows[name] = Row(name, "not examined", reason)
+                # The condition would have known which of them matter.
+                if seen.get("without_gradient") and seen.get("has_graph"):
+                    self._take(look.absent_row(seen))
 
     def _watched_rows(self, chart: Chart, verdict: Checkup, seen: dict[str, Any], seconds: float) -> None:
         self.watched = verdict

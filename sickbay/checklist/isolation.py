@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sickbay.exams import fork
 from sickbay.exams.fork import NoAnswer
@@ -85,17 +85,8 @@ def kept(target: Target) -> Iterator[None]:
     """On leaving, model (weights, buffers, gradients, modes, attributes), optimizer and random states are as on entering."""
     modules = [(module, _attributes(module)) for module in target.model.modules()]
     tensors = {id(tensor): tensor for module, _ in modules for tensor in (*module.parameters(False), *module.buffers(False))}
-    states = [
-        (
-            tensor,
-            tensor.data,
-            tensor.detach().clone(),
-            tensor.grad,
-            None if tensor.grad is None else tensor.grad.clone(),
-            tensor.requires_grad,
-        )
-        for tensor in tensors.values()
-    ]
+    states = [(tensor, tensor.requires_grad, _Contents(tensor), tensor.grad) for tensor in tensors.values()]
+    gradients = [(grad, _Contents(grad)) for _, _, _, grad in states if grad is not None]
     optimizer = target.optimizer
     groups = [dict(group, params=list(group["params"])) for group in optimizer.param_groups] if optimizer is not None else []
     memory = {key: copy.deepcopy(value) for key, value in optimizer.state.items()} if optimizer is not None else {}
@@ -111,19 +102,31 @@ def kept(target: Target) -> Iterator[None]:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
             with torch.no_grad():
-                for tensor, data, values, grad, grad_values, requires_grad in states:
-                    tensor.data = data
-                    data.copy_(values)
-                    tensor.grad = grad
-                    if grad is not None and grad_values is not None:
-                        grad.copy_(grad_values)
+                for grad, contents in gradients:
+                    contents.put_back(grad)
+                for tensor, requires_grad, contents, grad in states:
+                    contents.put_back(tensor)
                     tensor.requires_grad_(requires_grad)
+                    tensor.grad = grad
             if optimizer is not None:
                 optimizer.state.clear()
                 optimizer.state.update(memory)
                 for group, before in zip(optimizer.param_groups, groups):
                     group.clear()
                     group.update(before)
+
+
+class _Contents:
+    """A tensor's memory and what stood in it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._data, self._values = tensor.data, tensor.detach().clone()
+
+    def put_back(self, tensor: Tensor) -> None:
+        """The tensor has its memory again (`module.double()` exchanges it), with the old values."""
+        tensor.grad = None
+        tensor.data = self._data
+        self._data.copy_(self._values)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

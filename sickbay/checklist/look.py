@@ -65,7 +65,7 @@ def _watch(model: nn.Module, shapes: list[dict[str, Any]], bad: list[dict[str, A
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
             stack.pop()
             given = next((tensor for _, tensor in tensors_in((args, kwargs))), None)
-            made = next((tensor for _, tensor in tensors_in(output)), None)
+            made = max((tensor for _, tensor in tensors_in(output)), key=Tensor.numel, default=None)
             shape = [list(t.shape) if t is not None else None for t in (given, made)]
             shapes.append({"module": name, "type": type(module).__name__, "in": shape[0], "out": shape[1]})
             if made is not None and made.is_floating_point() and not bool(torch.isfinite(made.detach()).all()):
@@ -190,6 +190,16 @@ def gradients_row(seen: dict[str, Any]) -> tuple[Row, list[Finding]]:
     text = f"norm {number(seen['grad_norm'])}; {len(norms)} of {seen['trainable']} tensors, "
     text += f"{number(least)} {least_name} to {number(most)} {most_name}"
     return Row("gradients", "ok", text, data=data), []
+
+
+def absent_row(seen: dict[str, Any]) -> tuple[Row, list[Finding]]:
+    """The trainable parameters without a gradient, for when nobody could say whether they ought to have one."""
+    names = seen["without_gradient"]
+    text = f"{len(names)} of {seen['trainable']} trainable tensors got no gradient from the first batch: {', '.join(names[:3])}"
+    finding = Finding(
+        "missing-gradient", text, "warning", names[0], certainty="suspected", cure="reconnect them, or freeze them on purpose"
+    )
+    return Row("gradients", "found", text, ("missing-gradient",), {"without_gradient": names}), [finding]
 
 
 def weights_row(seen: dict[str, Any]) -> tuple[Row, list[Finding]]:
