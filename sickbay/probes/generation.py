@@ -167,7 +167,7 @@ class Generation:
             if answer is None:
                 continue
             track.logits = answer[:ROWS].float().log_softmax(-1)
-            if len(track.tokens) in _ASK_AT and track.seen == len(track.tokens):
+            if len(track.tokens) in _ASK_AT and track.seen == len(track.tokens) and not track.counts:
                 self.loop.emit("generating", track, call)
 
     def _end_all(self) -> None:
@@ -175,7 +175,8 @@ class Generation:
             self._end(self.tracks.popitem()[1])
 
     def _end(self, track: Track) -> None:
-        if len(track.tokens) < LEAST_TOKENS or (int(track.settings.get("num_beams") or 1) > 1 and track.kind == "cached"):
+        beams = int(track.settings.get("num_beams") or 1) > 1 and track.kind == "cached"
+        if len(track.tokens) < LEAST_TOKENS or beams or track.counts:
             return
         track.logits = None
         if self._analysed < _MOST_ANALYSED:

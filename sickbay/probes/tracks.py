@@ -116,9 +116,10 @@ class Track:
             self.logits = None  # read where a growing sequence ends, which is not where this one had got to
         self.kind, self.place = kind, place
         chosen = new[:ROWS, place].clone()
-        known = self.logits is not None and len(self.logits) == len(chosen) and len(self.tokens) < MOST_TOKENS
-        if known and not bool((chosen >= self.logits.shape[1]).any()):
-            self.sampling.add(self.logits, chosen.long())
+        logits = self.logits
+        known = logits is not None and len(logits) == len(chosen) and len(self.tokens) < MOST_TOKENS
+        if known and logits is not None and not bool((chosen >= logits.shape[1]).any()):
+            self.sampling.add(logits, chosen.long())
         if len(self.tokens) < MOST_TOKENS:
             self.tokens.append(chosen)
         self.seen += 1
@@ -145,6 +146,12 @@ class Track:
             return -1
         length = self.ids.shape[0 if self.time_first else -1]
         return self.place - length if length in logits.shape[:-1] else -1
+
+    @property
+    def counts(self) -> bool:
+        """True where each id is the one before it plus 1: positions, not tokens."""
+        history = self.history()
+        return bool((history[:, 1:] - history[:, :-1] == 1).all())
 
     def history(self) -> Tensor:
         """All ids of the followed rows so far, `(R, P + tokens)`."""

@@ -74,6 +74,13 @@ condition = Condition(
     needs=("row_influence",),
     diagnose=diagnose,
     prescribes=("keep-batch-axis",),
-    leads_to=("causal-leak", "mask-blocks-past", "padding-attended", "packing-contamination"),
+    leads_to=(
+        "causal-leak",
+        "mask-blocks-past",
+        "padding-attended",
+        "packing-contamination",
+        "repetitive-generation",
+        "incoherent-generation",
+    ),
     inject=inject,
 )

@@ -80,6 +80,6 @@ condition = Condition(
     uses=("past_blocked",),
     diagnose=diagnose,
     prescribes=("causal-mask",),
-    leads_to=("padding-attended",),
+    leads_to=("padding-attended", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

@@ -83,5 +83,6 @@ condition = Condition(
     needs=("eos_targets",),
     diagnose=diagnose,
     prescribes=("own-pad-token",),
+    leads_to=("repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

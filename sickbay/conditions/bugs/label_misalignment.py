@@ -80,5 +80,6 @@ condition = Condition(
     needs=("target_offset",),
     diagnose=diagnose,
     prescribes=("shift-labels-once",),
+    leads_to=("repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

@@ -95,6 +95,6 @@ condition = Condition(
     uses=("past_blocked", "future_influence", "first_nonfinite"),
     diagnose=diagnose,
     prescribes=("causal-mask",),
-    leads_to=("non-finite-weights",),
+    leads_to=("non-finite-weights", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

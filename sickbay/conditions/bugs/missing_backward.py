@@ -83,6 +83,6 @@ condition = Condition(
     uses=("grad_norm", "loss", "update_ratio"),
     diagnose=diagnose,
     prescribes=("call-backward",),
-    leads_to=("missing-gradient",),
+    leads_to=("missing-gradient", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

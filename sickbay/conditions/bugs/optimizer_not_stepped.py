@@ -75,5 +75,6 @@ condition = Condition(
     uses=("backwards_since_step", "dropped_backwards"),
     diagnose=diagnose,
     prescribes=("call-step",),
+    leads_to=("repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

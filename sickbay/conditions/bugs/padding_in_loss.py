@@ -83,5 +83,6 @@ condition = Condition(
     needs=("padding_counted",),
     diagnose=diagnose,
     prescribes=("ignore-padding",),
+    leads_to=("repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

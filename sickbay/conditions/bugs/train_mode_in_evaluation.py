@@ -87,5 +87,6 @@ condition = Condition(
     needs=("evaluation_mode",),
     diagnose=diagnose,
     prescribes=("eval-mode",),
+    leads_to=("repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

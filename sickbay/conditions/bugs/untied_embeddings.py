@@ -74,5 +74,6 @@ condition = Condition(
     needs=("tied_weights",),
     diagnose=diagnose,
     prescribes=("tie-weights",),
+    leads_to=("repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

@@ -86,5 +86,6 @@ condition = Condition(
     uses=("learning_rate", "skipped_step"),
     diagnose=diagnose,
     prescribes=("fix-optimizer",),
+    leads_to=("repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

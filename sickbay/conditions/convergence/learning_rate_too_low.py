@@ -98,6 +98,6 @@ condition = Condition(
     uses=("step_gain", "chance_loss"),
     diagnose=diagnose,
     prescribes=("raise-learning-rate",),
-    leads_to=("loss-plateau",),
+    leads_to=("loss-plateau", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

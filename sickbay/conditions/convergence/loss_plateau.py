@@ -106,5 +106,6 @@ condition = Condition(
     uses=("learning_rate", "chance_loss", "ngram_loss"),
     diagnose=diagnose,
     prescribes=("overfit-ten-examples",),
+    leads_to=("repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

@@ -56,7 +56,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     worst = min(overshot, key=lambda reading: reading.value)
     seen = worst.note["losses"]
     return Diagnosis(
-        summary=f"the learning rate is {number(rates[0])} from the first step on, and {harm}; at step {worst.step} a tenth of the step "
+        summary=f"the learning rate is {number(rates[0])} from step 0 on, and {harm}; at step {worst.step} a tenth of the step "
         f"takes the loss from {number(worst.note['loss'])} to {number(seen['0.1'])}, the whole step to {number(seen['1'] or float('inf'))}.",
         evidence=(Evidence(worst, 0.0), Evidence(chart["learning_rate"][0])),
         severity="warning",
@@ -101,6 +101,6 @@ condition = Condition(
     uses=("step_gain", "chance_loss"),
     diagnose=diagnose,
     prescribes=("warm-up-learning-rate",),
-    leads_to=("loss-plateau",),
+    leads_to=("loss-plateau", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

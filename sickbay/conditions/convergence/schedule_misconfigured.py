@@ -166,6 +166,6 @@ condition = Condition(
     uses=("scheduler_steps", "backwards_since_step", "update_ratio"),
     diagnose=diagnose,
     prescribes=("count-schedule-steps", "clamp-schedule"),
-    leads_to=("learning-rate-too-low", "loss-plateau"),
+    leads_to=("learning-rate-too-low", "loss-plateau", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

@@ -97,6 +97,14 @@ condition = Condition(
     needs=("attention_scale",),
     diagnose=diagnose,
     prescribes=("scale-attention",),
-    leads_to=("attention-logit-growth", "softmax-overflow", "half-precision-overflow", "exploding-gradients", "loss-spike"),
+    leads_to=(
+        "attention-logit-growth",
+        "softmax-overflow",
+        "half-precision-overflow",
+        "exploding-gradients",
+        "loss-spike",
+        "repetitive-generation",
+        "incoherent-generation",
+    ),
     inject=inject,
 )

@@ -140,6 +140,13 @@ condition = Condition(
     uses=("loss", "first_nonfinite", "skipped_step", "param_grad_norm"),
     diagnose=diagnose,
     prescribes=("clip-gradients", "lower-learning-rate"),
-    leads_to=("loss-spike", "half-precision-overflow", "non-finite-weights", "scaler-collapse"),
+    leads_to=(
+        "loss-spike",
+        "half-precision-overflow",
+        "non-finite-weights",
+        "scaler-collapse",
+        "repetitive-generation",
+        "incoherent-generation",
+    ),
     inject=inject,
 )

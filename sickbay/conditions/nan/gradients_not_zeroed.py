@@ -75,7 +75,14 @@ condition = Condition(
     diagnose=diagnose,
     prescribes=("zero-gradients",),
     leads_to=(
-        *("learning-rate-too-high", "exploding-gradients", "loss-spike", "attention-logit-growth"),
+        *(
+            "learning-rate-too-high",
+            "exploding-gradients",
+            "loss-spike",
+            "attention-logit-growth",
+            "repetitive-generation",
+            "incoherent-generation",
+        ),
         *("softmax-overflow", "half-precision-overflow", "non-finite-weights", "scaler-collapse"),
     ),
     inject=inject,

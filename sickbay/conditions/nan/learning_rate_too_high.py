@@ -139,6 +139,14 @@ condition = Condition(
     uses=("grad_norm", "param_grad_norm", "weight_norm", "learning_rate", "clip_norm", "chance_loss"),
     diagnose=diagnose,
     prescribes=("lower-learning-rate",),
-    leads_to=("exploding-gradients", "loss-spike", "attention-logit-growth", "half-precision-overflow", "non-finite-weights"),
+    leads_to=(
+        "exploding-gradients",
+        "loss-spike",
+        "attention-logit-growth",
+        "half-precision-overflow",
+        "non-finite-weights",
+        "repetitive-generation",
+        "incoherent-generation",
+    ),
     inject=inject,
 )

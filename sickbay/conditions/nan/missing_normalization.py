@@ -103,8 +103,15 @@ condition = Condition(
     diagnose=diagnose,
     prescribes=("add-normalization",),
     leads_to=(
-        *("learning-rate-too-high", "exploding-gradients", "softmax-overflow", "half-precision-overflow"),
-        *("attention-logit-growth", "loss-spike", "non-finite-weights", "scaler-collapse"),
+        *(
+            "learning-rate-too-high",
+            "exploding-gradients",
+            "softmax-overflow",
+            "half-precision-overflow",
+            "repetitive-generation",
+            "incoherent-generation",
+        ),
+        *("attention-logit-growth", "loss-spike", "non-finite-weights", "scaler-collapse", "poor-initialization"),
     ),
     inject=inject,
 )
