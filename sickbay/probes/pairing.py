@@ -97,6 +97,8 @@ class Pairing:
         if not self._seen:
             return
         marginal = self._differing()
+        if not self._classes:  # squares count as shares of the targets' variance
+            self._conflicts, marginal = (self._conflicts / marginal, 1.0) if marginal > 0 else (0.0, 0.0)
         rate = self._conflicts / self._repeats if self._repeats else 0.0
         note = {"rows": self._seen, "repeats": self._repeats, "inputs": len(self._last), "rate": rate, "marginal": marginal}
         self.record.read("input_conflicts", self._conflicts / self._seen, note=note, source=self._source)

@@ -49,7 +49,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     flat = begin - end < FALL * end
     if not flat or validation > (1 + TOGETHER) * end or not ABOVE * best < end < LEARNED * single:
         return None
-    text = f"training loss {number(end)} and validation loss {number(validation)} stand still; counting neighbouring tokens gives {number(best)}."
+    text = f"training ({number(end)}) and validation loss ({number(validation)}) stand still; counting tokens gives {number(best)}."
     step, source = losses[-1].step, counted[-1].source
     return Diagnosis(text, (Evidence(losses[-1], best), Evidence(seen[-1])), "note", step, source=source, certainty="suspected")
 

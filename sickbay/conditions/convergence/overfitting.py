@@ -44,7 +44,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     seen, losses = chart["validation_loss"].finite(), chart["train_loss"].finite()
     if len(seen) < FEWEST or len(losses) < FEWEST:
         return NotExamined(f"{len(seen)} evaluations were seen; this needs {FEWEST}")
-    if seen.least().value <= 0 or len(set(seen.values)) == 1:  # type: ignore[union-attr]
+    if min(seen.values) <= 0:
         return NotExamined("the loss is no positive number that could rise by a share")
     values = seen.values
     place = values.index(min(values))
