@@ -36,6 +36,7 @@ EXAMS: tuple[str, ...] = (
     "speed",
     "generation_path",
     "broadcasts",
+    "custom_backward",
     "memory_parts",
 )
 

@@ -184,7 +184,7 @@ class Parameters:
             self.record.read("tied_weights", 1.0, where=shared[0][1] + ".weight", note=note)
             return
         for a, embedding, b, head in pairs:
-            if self.record.step == 0 and embedding.std() > 0 and torch.equal(embedding, head):
+            if self.record.step == 0 and bool((embedding != embedding[0, 0]).any()) and torch.equal(embedding, head):
                 note.update(pair=[a, b], equal_values=True, declared_by=declared or "equal values in separate memory")
                 declared = note["declared_by"]
         if declared:

@@ -18,6 +18,7 @@ SIGNALS = ("update_ratio", "weight_norm", "unmoved_share", "nonfinite_weight")
 _EARLY = (0, 1, 2, 4, 8, 16, 32)
 _EVERY = 50
 _COUNT_ELEMENTS_AT = (1, 2, 8, 100)
+_LOW_PRECISION = (torch.bfloat16, torch.float16)  # weights in these are counted at every sampled step: their updates may round to nothing
 _MAX_BYTES = 40 << 20  # a copy of the weights must stay small beside the run itself
 _MAX_COUNTED = 1 << 20  # elements of a tensor, from its beginning, that are counted one by one
 
@@ -90,11 +91,12 @@ class Updates:
         self.record.table("update_ratio", names, [size / weight if weight > 0 else 0.0 for size, weight in zip(sizes, weights)])
         # A step that moves nothing may be one that a wrapper or a loss scaler leaves out; an optimizer that never moved anything is none.
         self._moved[id(optimizer)] = self._moved.get(id(optimizer), False) or any(sizes)
-        if self._steps[id(optimizer)] - 1 in _COUNT_ELEMENTS_AT and (any(sizes) or not self._moved[id(optimizer)]):
-            self._count_unmoved(names, moved)
+        low = any(parameter.dtype in _LOW_PRECISION for parameter, _ in self._watched)
+        if (low or self._steps[id(optimizer)] - 1 in _COUNT_ELEMENTS_AT) and (any(sizes) or not self._moved[id(optimizer)]):
+            self._count_unmoved(names, moved, type(optimizer).__module__.startswith("torch.optim."))
         self._before, self._watched = [], []
 
-    def _count_unmoved(self, names: tuple[str, ...], moved: list[Tensor]) -> None:
+    def _count_unmoved(self, names: tuple[str, ...], moved: list[Tensor], exact: bool) -> None:
         """An element with a gradient that stays where it was, although one ulp would have been enough to show the step."""
         source = user_line(5)
         for name, (parameter, rate), change in zip(names, self._watched, moved):
@@ -111,7 +113,9 @@ class Updates:
             ulp = weight[still].abs() * torch.finfo(weight.dtype).eps
             # Rounding explains a still element when its own plain step, or even the largest step of the tensor, is below one ulp.
             lost = int((((ulp >= step) & (step > 0)) | (ulp >= 2 * rate * gradient[still].abs())).sum()) if unmoved else 0
-            note = {"moved": elements - unmoved, "elements": elements, "rounding": lost / unmoved if unmoved else 0.0}
+            note: dict[str, Any] = {"moved": elements - unmoved, "elements": elements, "rounding": lost / unmoved if unmoved else 0.0}
+            if weight.dtype in _LOW_PRECISION:
+                note |= {"dtype": str(weight.dtype).removeprefix("torch."), "rate": rate, "exact": exact}
             self.record.read("unmoved_share", unmoved / elements, where=name, note=note, source=source)
 
 
