@@ -26,7 +26,7 @@ SIGNALS = ("paired_broadcast",)
 _STEPS = 2  # in which the loss is followed back
 _NODES = 96  # of the graph nearest to the loss
 _REGRESSING = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
-_PAIRING = frozenset(("sub", "rsub", "subtract", "mul", "rmul", "multiply", "add", "radd", "div", "truediv", "rtruediv", "true_divide"))
+_PAIRING = frozenset(("sub", "rsub", "subtract", "mul", "rmul", "multiply", "div", "truediv", "rtruediv", "true_divide"))
 # What a loss may do to numbers one by one before it sums or averages them; anything else may have a use for pairs.
 _ARITHMETIC = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Abs", "Pow", "Sqrt", "Log", "Log1P", "Sum", "Mean")
 _BOUNDING = ("Clamp", "ClampMin", "ClampMax", "Minimum", "Maximum", "Where", "Relu", "Tanh", "Sigmoid", "LogSigmoid", "Softplus")
