@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 
 import numpy
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sickbay
+import sickbay.examiner  # here, not first under a patched can_fork, which it would keep
 from sickbay.checklist import isolation
-from sickbay.checklist.overfit import floor_of
+from sickbay.checklist.overfit import floor_of, overfit_row
 from sickbay.checklist.pace import rates_row
 from sickbay.core.errors import UsageError
 from sickbay.exams import fork
@@ -133,7 +135,21 @@ def test_a_softmax_before_the_loss_is_found_by_overfitting() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return self.inner(ids).softmax(-1)
 
-    assert "squashed-logits" in found(Squashed(), only=["overfit"])
+    assert found(Squashed(), only=["overfit"]) == ["squashed-logits"]
+
+
+def test_a_loss_that_stops_at_the_bound_of_a_second_softmax_is_told_from_one_that_stops_elsewhere() -> None:
+    seen = {"target": 0.0, "floor": 0.0, "marginal": 2.8, "targets": 100, "examples": 10, "norm": 0.1, "moves": True, "bounds": [-9.0, 9.0]}
+    seen |= {"quiet": True, "in_time": True, "classes": 17, "parameters": 10_000, "rate": 1e-3, "trials": {}}
+    bound = torch.tensor(math.e + 16).log().item() - 1
+    row, (finding,) = overfit_row({**seen, "losses": [2.84] + [bound + 0.05] * 400}, set())
+    assert (finding.condition, finding.severity) == ("squashed-logits", "warning")
+    row, (finding,) = overfit_row({**seen, "losses": [2.84] + [bound - 0.5] * 400}, set())
+    assert (finding.condition, finding.severity) == ("cannot-overfit", "note")
+    row, findings = overfit_row({**seen, "losses": [2.84] + [0.1] * 400}, set())
+    assert (row.verdict, findings) == ("ok", [])
+    row, findings = overfit_row({**seen, "losses": [2.84 - step * 0.01 for step in range(100)], "in_time": False}, set())
+    assert (row.verdict, findings) == ("not examined", [])
 
 
 def test_equal_rows_and_a_loud_head_are_found() -> None:

@@ -93,6 +93,7 @@ def overfit(target: Target, calling: Calling, seconds: float, terminal: int | No
         "quiet": quiet,
         "in_time": len(full.losses) >= STEPS or full.last <= _goal(full.losses[0], reached),
         "bounds": _bounds(after),
+        "classes": max((t for t in after if t.dim() >= 2), key=Tensor.numel).shape[-1] if any(t.dim() >= 2 for t in after) else 0,
         "moves": _moves(outputs, after),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
@@ -301,6 +302,10 @@ def overfit_row(seen: dict[str, Any], found: set[str]) -> tuple[Row, list[Findin
         if not seen["in_time"] and len(losses) < TRIAL_STEPS * 3:
             return Row("overfit", "not examined", f"too few steps in the time given; {went}", data=data), []
         return failed("cannot-overfit", "the loss does not fall at any learning rate tried", "warning", _blocked(found), "likely")
+    lowest = math.log(math.e + seen["classes"] - 1) - 1 if seen["classes"] > 2 and seen["marginal"] is not None else -math.inf
+    if 0 <= last - lowest <= (1 - CLOSED) * (first - lowest):
+        why = f"the loss stops at {number(last)}, just above the {number(lowest)} that is the least with a second softmax in it"
+        return failed("squashed-logits", why, "warning", "give the loss raw logits", "likely")
     if seen["marginal"] is None:
         return Row("overfit", "not examined", f"the lowest reachable loss of these targets is not known; {went}", data=data), []
     if seen["parameters"] < seen["targets"]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sickbay.core.errors import UsageError
+from sickbay.core.errors import SickbayError, UsageError
 
 if TYPE_CHECKING:
     from sickbay.checklist.result import Checklist
@@ -61,7 +61,19 @@ def split(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str],
 
 
 def main(args: argparse.Namespace) -> int:
-    """0 if clean, 1 if something was found. Raises UsageError where there is nothing to examine."""
+    """0 if clean, 1 if something was found, 2 after a failure of sickbay's own. Raises UsageError where there is nothing to examine."""
+    try:
+        return _main(args)
+    except SickbayError:
+        raise
+    except Exception as problem:
+        if os.environ.get("SICKBAY_DEBUG", "") == "1":
+            raise
+        text = " ".join(f"{type(problem).__name__}: {problem}".split())
+        raise SickbayError(f"a failure of sickbay's own: {text} (SICKBAY_DEBUG=1 shows where)") from problem
+
+
+def _main(args: argparse.Namespace) -> int:
     if not args.untouched:
         raise UsageError("no target given: `sickbay checkup module:function`, `checkup FOLDER --text FILE` or `checkup train.py`")
     from sickbay.checklist.conduct import asked
