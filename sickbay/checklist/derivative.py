@@ -116,7 +116,8 @@ def _slopes(model: nn.Module, calling: Calling, batch: Any, used: list[tuple[Any
 
 def _on_purpose(cls: Any, forward: Callable[[], Any]) -> bool:
     """True for a Function whose gradient is meant to be another than its forward's: what rounds (flat), or passes its input on as it is."""
-    original, calls = cls.apply, []
+    original = cls.apply
+    calls: list[bool] = []
 
     def apply(*args: Any) -> Any:
         given = next((place for place, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()), None)

@@ -102,8 +102,8 @@ def kept(target: Target) -> Iterator[None]:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
             with torch.no_grad():
-                for grad, contents in gradients:
-                    contents.put_back(grad)
+                for gradient, contents in gradients:
+                    contents.put_back(gradient)
                 for tensor, requires_grad, contents, grad in states:
                     contents.put_back(tensor)
                     tensor.requires_grad_(requires_grad)
