@@ -97,7 +97,7 @@ class Checkpoints:
         values = {id(value) for value in state.values()} if hasattr(state, "values") else set()
         for file in self._files:
             if any((tensor := mark()) is not None and id(tensor) in values for mark in file.marks):
-                self._resumed = [*self._resumed[-_FILES + 1 :], Resumed(file, weakref.ref(module), user_line(4))]
+                self._resumed = [*self._resumed[-_FILES + 1 :], Resumed(file, weakref.ref(module), user_line())]
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
         if not self._resumed:
