@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ _INTEGERS = (torch.int64, torch.int32)
 def arguments(call: ForwardCall) -> dict[str, Any]:
     """The call's arguments by parameter name, None left out; positions stand for names where `forward` cannot be asked."""
     try:
-        bound = inspect.signature(bare(call.module).forward).bind(*call.args, **call.kwargs)
+        bound = _signature(type(bare(call.module))).bind(None, *call.args, **call.kwargs)
     except (TypeError, ValueError):
         return {**{str(place): value for place, value in enumerate(call.args)}, **call.kwargs}
     found: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
+    for name, value in list(bound.arguments.items())[1:]:
         kind = bound.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
             found.update(value)
@@ -31,6 +32,16 @@ def arguments(call: ForwardCall) -> dict[str, Any]:
         else:
             found[name] = value
     return {name: value for name, value in found.items() if value is not None}
+
+
+_signatures: weakref.WeakKeyDictionary[type[nn.Module], inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    known = _signatures.get(kind)
+    if known is None:
+        known = _signatures[kind] = inspect.signature(kind.forward)
+    return known
 
 
 def has_ids(call: ForwardCall) -> bool:
@@ -73,6 +84,6 @@ def at_position(logits: Tensor, rows: int, position: int, time_first: bool) -> T
 def forward_parameters(module: nn.Module) -> set[str]:
     """The names that `module`'s forward takes; empty where it cannot be asked."""
     try:
-        return set(inspect.signature(bare(module).forward).parameters)
+        return set(list(_signature(type(bare(module))).parameters)[1:])
     except (TypeError, ValueError):
         return set()

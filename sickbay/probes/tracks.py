@@ -17,6 +17,7 @@ MOST_TOKENS = 1024  # of a sequence are kept
 _WHOLE = 1 << 16  # ids: a larger batch is cut to its first rows
 _AT_ONCE = 1 << 14  # logits of one token that are looked at every time; larger ones every eighth token
 _RARELY = 8
+_CLOSELY = 64  # tokens from the start that are all looked at
 _MOST_NATS = 50.0  # of one token: what a rounding to zero counts
 
 
@@ -27,17 +28,20 @@ class Sampling:
         self.tokens = 0
         self._offered = 0
         self._sums: Tensor | None = None
+        self._grid: Tensor | None = None
 
     def add(self, log_probabilities: Tensor, chosen: Tensor) -> None:
         """`chosen` `(R,)` were drawn where the model said `log_probabilities` `(R, V)`."""
         self._offered += 1
-        if log_probabilities.numel() > _AT_ONCE and self._offered % _RARELY != 1:
+        if (log_probabilities.numel() > _AT_ONCE or self._offered > _CLOSELY) and self._offered % _RARELY != 1:
             return
         own = log_probabilities.gather(1, chosen[:, None])
         nats = -own.clamp(min=-_MOST_NATS).sum()
         entropy = -(log_probabilities.exp() * log_probabilities.clamp(min=-_MOST_NATS)).sum()
         hits = (own.squeeze(1) >= log_probabilities.amax(1)).sum().float()
-        grid = torch.tensor(TEMPERATURES, device=own.device)[:, None, None]
+        if self._grid is None:
+            self._grid = torch.tensor(TEMPERATURES, device=own.device)[:, None, None]
+        grid = self._grid
         fits = (own[None] / grid - (log_probabilities[None] / grid).logsumexp(-1, keepdim=True)).clamp(min=-_MOST_NATS).sum((1, 2))
         sums = torch.cat((torch.stack((nats, entropy, hits)), fits))
         self._sums = sums if self._sums is None else self._sums + sums

@@ -1,4 +1,4 @@
-"""A word-level GRU that speaks one word at a time with its hidden state; no no_grad around it. `--copy`: a seq2seq copier, greedy."""
+"""A word-level GRU that speaks one word at a time with its hidden state. `--copy`: a seq2seq copier, greedy."""
 
 import random
 import sys
@@ -59,7 +59,8 @@ def speak():
     net.eval()
     token, hidden, said = data[:1][None], None, []
     for _ in range(70):
-        scores, hidden = net(token, None if "--drop-state" in FLAGS else hidden)
+        with torch.inference_mode():
+            scores, hidden = net(token, None if "--drop-state" in FLAGS else hidden)
         last = scores[:, -1]
         if "--greedy" in FLAGS:
             token = last.argmax(-1, keepdim=True)
