@@ -41,6 +41,7 @@ PROBES = (
     "retention",
     "replicas",
     "checkpoints",
+    "batch_sizes",
     "generation",
     "evaluation_memory",
     "vocabulary",
