@@ -93,6 +93,7 @@ class Patient:
         self.scale = 1.0
         self.norm_at_step = 0.0
         self.exam_seconds = 0.0
+        self.compute_share: Callable[[], float] = lambda: 1.0  # of a step's time, in forward and backward
         self.functional: Callable[[], Any] | None = None
         self.corpus: NGrams | None = None  # counts of the tokens trained on, once next tokens were seen
         self.dead_units: dict[str, set[int]] = {}

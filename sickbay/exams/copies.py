@@ -136,7 +136,7 @@ def _same_without(call: ForwardCall) -> bool:
             else:
                 with mode:
                     output = module(*call.args, **call.kwargs)
-            total_of(output).backward()  # type: ignore[no-untyped-call]
+            total_of(output).backward()
         tensors = [tensor.detach() for _, tensor in tensors_in(output)]
         answers.append((tensors, [p.grad for p in module.parameters() if p.grad is not None]))
     (first, gradients), (second, others) = answers

@@ -17,15 +17,19 @@ _MOST_LINES = 24
 _MATRIX = ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "linear")
 
 
-def examine(profile: Profile, rows: int, most: float) -> list[dict[str, Any]]:
-    """Readings of `loop_gain`, at most one: the share of the forward's seconds that batching its widest loop would save."""
+def examine(profile: Profile, rows: int, forward: float, most: float) -> list[dict[str, Any]]:
+    """Readings of `loop_gain`, at most one: the share of the forward's seconds that batching its widest loops would save.
+
+    `forward`: seconds of the forward unwatched; what they exceed the operations' own is the price of calling them.
+    """
     groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
     for operation in profile.operations:
         if operation.line and not operation.view and not operation.name.endswith("_"):
             groups[operation.line, operation.name].append(operation)
-    total = profile.seconds
+    total = max(profile.seconds, forward)
+    per_call = (total - profile.seconds) / max(1, len(profile.operations))
     wide = {key: calls for key, calls in groups.items() if len(calls) >= WIDTH}
-    if not total or sum(c.seconds for calls in wide.values() for c in calls) < _LEAST_SHARE * total:
+    if not total or sum(c.seconds + per_call for calls in wide.values() for c in calls) < _LEAST_SHARE * total:
         return []
     found: list[tuple[float, float, int, list[Timed]]] = []
     for (line, name), calls in sorted(wide.items(), key=lambda item: -sum(c.seconds for c in item[1]))[:_MOST_LINES]:
@@ -36,6 +40,8 @@ def examine(profile: Profile, rows: int, most: float) -> list[dict[str, Any]]:
         if batched is not None:
             found.append((sum(call.seconds for call in calls), batched * len(calls) / width, width, calls))
     saved = sum(max(0.0, loop - batched) for loop, batched, _, _ in found)
+    widths = {calls[0].line: width for _, _, width, calls in found}
+    saved += sum(per_call * (1 - 1 / widths[operation.line]) for operation in profile.operations if operation.line in widths)
     if saved < _LEAST_SHARE * total:
         return []
     main = max(found, key=lambda item: (item[3][0].name in _MATRIX) * item[0] + item[0] * 1e-3)

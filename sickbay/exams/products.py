@@ -13,7 +13,26 @@ from sickbay.exams.op_profile import Profile, Timed, least
 _SPREAD = 8  # times the larger operand: a product that is much larger than its factors
 _LEAST_SHARE = 0.1  # of the forward's seconds
 _PASSED_ON = frozenset(
-    "view _unsafe_view transpose permute expand unsqueeze clone _to_copy mul div add sub masked_fill where detach alias t slice".split()
+    [
+        "view",
+        "_unsafe_view",
+        "transpose",
+        "permute",
+        "expand",
+        "unsqueeze",
+        "clone",
+        "_to_copy",
+        "mul",
+        "div",
+        "add",
+        "sub",
+        "masked_fill",
+        "where",
+        "detach",
+        "alias",
+        "t",
+        "slice",
+    ]
 )
 
 

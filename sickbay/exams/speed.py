@@ -1,4 +1,6 @@
-"""Asks, once the run has its pace, what a step's time is spent on and what would save it: measured in a forked copy on the step's own batch.
+"""Asks, once the run has its pace, what a step's time is spent on and what would save it.
+
+It is measured in a forked copy on the step's own batch.
 
 Everything is compared in processor seconds of the same copy with one thread, so that neither other programs nor the number of threads
 change a ratio. What has no reason to be asked is not: the first question is short unless the step itself gives cause.
@@ -25,7 +27,7 @@ from sickbay.probes.loop import Loop
 SIGNALS = ("float64_gain", "loop_gain", "broadcast_gain", "attention_gain", "copy_share", "single_forwards", "throughput_gain")
 
 _AT = (6, 20, 60, 200, 600)  # steps: the first is past what starting up costs
-_PASSES = 12  # forwards and backwards that the question takes, as long as nothing turns up
+_PASSES = 7  # forwards and backwards that the question takes, as long as nothing turns up
 _SHORT = 0.5  # seconds: a question of this length may be asked once early
 _CAUSED = 4.0  # seconds: with a cause to ask (float64, single rows, very many operations)
 _SHARE_OF_RUN = 0.05  # what a first question may take of the run so far
@@ -45,27 +47,23 @@ class Speed:
         self._asked = 0
         self._settled = False
         self._began = time.monotonic()
-        self._stamp = (0.0, 0.0)
-        self._round: float | None = None
-        self._walls: list[float] = []
-        self._computed: list[float] = []
+        self._stamp = 0.0
+        self._last_calls = 1
+        self._steps: list[float] = []  # processor seconds of forwards and backwards, for each step
         self._compute = 0.0
         self._nodes, self._first_node = 0, -1
         self._singles = Singles()
         self._single_steps: list[tuple[int, bool, str, list[int]]] = []
 
-    def _now(self) -> float:
-        return time.perf_counter() - self.loop.seconds
-
     # --- the loop's events ---------------------------------------------------------------------------------------------
     def forward_begin(self, call: ForwardCall) -> None:
-        self._stamp = (self._now(), 0.0)
+        self._stamp = time.thread_time()
         if call.grad_enabled and not self._settled:
             self._singles.add(call)
 
     def forward_end(self, call: ForwardCall, output: Any) -> None:
         if call.grad_enabled:
-            self._compute += self._now() - self._stamp[0]
+            self._compute += time.thread_time() - self._stamp
             self._singles.made(output)
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
@@ -74,17 +72,15 @@ class Speed:
             self._nodes, self._first_node = (number - self._first_node if self._first_node >= 0 else 0), number
         if not self._settled and kind == "backward" and self._asked < len(_AT) and self.record.step >= _AT[self._asked]:
             self._consider()
-        self._stamp = (self._now(), 0.0)
+        self._stamp = time.thread_time()
 
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
-        self._compute += self._now() - self._stamp[0]
+        self._compute += time.thread_time() - self._stamp
 
     def round_end(self, step: int) -> None:
-        now = self._now()
-        if self._round is not None and len(self._walls) < 64:
-            self._walls.append(now - self._round)
-            self._computed.append(self._compute)
-        self._round, self._compute = now, 0.0
+        if len(self._steps) < 64:
+            self._steps.append(self._compute)
+        self._compute, self._last_calls = 0.0, max(1, self._singles.calls)
         if len(self._single_steps) < 64:
             self._single_steps.append(self._singles.summary())
         self._singles = Singles()
@@ -92,17 +88,14 @@ class Speed:
     # --- the question -----------------------------------------------------------------------------------------------------
     def _consider(self) -> None:
         calls = [call for call in self.patient.training_calls() if not call.spent]
-        if not calls or len(self._walls) < 3 or _ranks() > 1:
+        if not calls or len(self._steps) < 3 or _ranks() > 1:
             self._asked += 1
             return
-        call, count = calls[-1], max(1, self._singles.count)
-        compute = statistics.median(self._computed[1:])
-        share = min(1.0, compute / max(1e-9, statistics.median(self._walls[1:])))
+        call = calls[-1]
         single = statistics.median(entry[0] for entry in self._single_steps)
         wide = any(p.dtype == torch.float64 for p in bare(call.module).parameters())
         caused = wide or single >= _SINGLE or self._nodes > _MANY_NODES * max(1, len(calls))
-        one = compute / max(1, self._calls_per_step())
-        expected = _PASSES * one
+        expected = _PASSES * statistics.median(self._steps[1:]) / self._last_calls
         elapsed = time.monotonic() - self._began
         if not (self.asking.affordable() or expected < _SHORT or expected < _SHARE_OF_RUN * elapsed or (caused and expected < _CAUSED)):
             self._asked += 1
@@ -116,12 +109,9 @@ class Speed:
             for signal in SIGNALS:
                 self.record.unobserved(signal, answer.reason)
             return
-        self._write(answer, share, singles, count)
+        self._write(answer, self.patient.compute_share())
 
-    def _calls_per_step(self) -> float:
-        return max(1.0, float(self._singles.calls))
-
-    def _write(self, answer: dict[str, Any], share: float, singles: int, count: int) -> None:
+    def _write(self, answer: dict[str, Any], share: float) -> None:
         for signal, reason in answer["reasons"].items():
             self.record.unobserved(signal, reason)
         for reading in answer["readings"]:
@@ -199,7 +189,7 @@ def question(call: ForwardCall, wide: bool, singles: int, most: float) -> dict[s
         readings.extend(found + [{"signal": signal, "value": 0.0, "note": {}} for signal in signals if signal not in known])
 
     op_profile.pass_seconds(call, call.args, call.kwargs, most, times=1)  # pages of the copy are copied at first touch
-    seconds = op_profile.pass_seconds(call, call.args, call.kwargs, most / 4)
+    seconds = op_profile.pass_seconds(call, call.args, call.kwargs, most / 8, times=3)
     if singles:
         ask(("single_forwards",), lambda: [_together(call, singles, seconds, most / 4)])
     if wide:
@@ -208,7 +198,6 @@ def question(call: ForwardCall, wide: bool, singles: int, most: float) -> dict[s
 
     def profiled() -> list[dict[str, Any]]:
         nonlocal profile
-        op_profile.profile(call)
         profile = op_profile.profile(call)
         return []
 
@@ -216,11 +205,11 @@ def question(call: ForwardCall, wide: bool, singles: int, most: float) -> dict[s
     if not profile.complete or not profile.operations:
         reasons.update(dict.fromkeys(SIGNALS[1:5], "the forward has too many operations to follow them all"))
     else:
-        ask(("loop_gain",), lambda: loops.examine(profile, batch_size(call), most / 2))
+        ask(("loop_gain",), lambda: loops.examine(profile, batch_size(call), op_profile.forward_seconds(call), most / 2))
         ask(("broadcast_gain", "attention_gain"), lambda: products.examine(profile, most / 8))
         ask(("copy_share",), lambda: copies.examine(call, profile))
     profile = op_profile.Profile()
-    ask(("throughput_gain",), lambda: _curve(call, seconds, most / 2))
+    ask(("throughput_gain",), lambda: _curve(call, seconds, most / 4))
     return {"readings": readings, "reasons": reasons}
 
 

@@ -31,7 +31,7 @@ _SKIPPED = 3  # first steps: workers start, caches fill, memory is taken for the
 _KEPT = 64  # newest steps that the medians are taken over
 _ENOUGH = 5  # steps that a median needs
 _REPORTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_WORTH_TRACING = 0.15  # share of the step between two steps, above which it is asked which of the script's lines take it
+_WORTH_TRACING = 0.1  # share of the step between two steps, above which it is asked which of the script's lines take it
 _TRACED = 3  # stretches whose lines are timed
 _ATTEMPTS = 8
 _IDLES = 3.0  # a stretch this many times longer than its computing would have taken beside the rest of the step is waiting
@@ -95,9 +95,8 @@ class Phases:
         self._stretches: list[tuple[float, dict[Place, float], set[Place], set[Place]]] = []
 
     def _now(self) -> tuple[float, float]:
-        """Wall and processor seconds without sickbay's own; what it computes is at most what it lasts."""
-        own = self.loop.seconds
-        return time.perf_counter() - own, time.thread_time() - (own - self.patient.exam_seconds)
+        """The clock without sickbay's own seconds, and the thread's processor seconds: few of those are sickbay's, which waits in exams."""
+        return time.perf_counter() - self.loop.seconds, time.thread_time()
 
     # --- the loader ---------------------------------------------------------------------------------------------------
     def around_next(self, original: Any) -> Any:
@@ -122,7 +121,7 @@ class Phases:
         self.statements.excuse(wall)
         if not self.fetching.source:
             dataset = type(getattr(iterator, "_dataset", None)).__name__
-            self.fetching = Fetching(int(getattr(iterator, "_num_workers", 0)), dataset, user_line(4))
+            self.fetching = Fetching(int(getattr(iterator, "_num_workers", 0)), dataset, user_line(2))
 
     # --- the loop's events ----------------------------------------------------------------------------------------------
     def forward_begin(self, call: Any) -> None:
@@ -187,6 +186,13 @@ class Phases:
         self._gap = self._now()
         self._inside = (self._step.loader, self._step.loader_cpu)
 
+    def compute_share(self) -> float:
+        """The share of a step's time in forward and backward, median over the steps so far; 1 where none was timed."""
+        steps = [step for step in self._steps if step.wall > 0]
+        if not steps:
+            return 1.0
+        return min(1.0, statistics.median((step.phases["forward"] + step.phases["backward"]) / step.wall for step in steps))
+
     # --- which lines ----------------------------------------------------------------------------------------------------
     def _trace(self) -> None:
         """The lines up to the next forward are timed, where enough of the step passes between steps to be worth a look."""
@@ -242,8 +248,9 @@ class Phases:
         # Processor seconds do not depend on what else the machine does; a device or other ranks are waited for in wall seconds.
         alone = int(os.environ.get("WORLD_SIZE") or 1) == 1 and not torch.cuda.is_initialized()
         rest = _low([(s.cpu - s.loader_cpu - s.gap_cpu * own) if alone else (s.wall - s.loader - s.gap * own) for s in steps])
-        loading = _low([s.loader_cpu for s in steps]) + _usual([s.idled(s.loader, s.loader_cpu) / self._starved(s) for s in steps])
-        making = _low([s.gap_cpu * own for s in steps]) + _usual([s.idled(s.gap * own, s.gap_cpu * own) for s in steps])
+        idle = [s.idled(s.loader, s.loader_cpu) / self._starved(s) for s in steps]
+        loading = _low([s.loader_cpu for s in steps]) + (_usual(idle) if self.fetching.workers else statistics.median(idle))
+        making = _low([s.gap_cpu * own for s in steps]) + statistics.median(s.idled(s.gap * own, s.gap_cpu * own) for s in steps)
         computed = _low([s.loader_cpu + s.gap_cpu * own for s in steps])
         spent, by_loader = loading + making, loading >= making
         note = {
@@ -279,5 +286,6 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     events = ("forward_begin", "forward_end", "loss", "backward_begin", "backward_end", "step_begin", "step_end", "round_end", "finish")
     for event in events:
         loop.on(event, probe, getattr(probe, event))
+    patient.compute_share = probe.compute_share
     loop.replace(dataloader._BaseDataLoaderIter, "__next__", probe.around_next)
     return probe.statements.end  # type: ignore[return-value]

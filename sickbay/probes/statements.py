@@ -180,9 +180,9 @@ def _statement(file: str, line: int) -> ast.stmt | None:
     """The innermost statement whose own lines (without the body of a block) contain `line`."""
     found: ast.stmt | None = None
     for node in ast.walk(_tree(file) or ast.Module([], [])):
-        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno):
-            if found is None or node.lineno >= found.lineno:
-                found = node
+        inside = isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
+        if inside and (found is None or node.lineno >= found.lineno):  # type: ignore[attr-defined]
+            found = node  # type: ignore[assignment]
     return found
 
 

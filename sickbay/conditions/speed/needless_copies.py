@@ -34,7 +34,8 @@ SHARE = Threshold(
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     """Copies inside the forward and unread snapshots between steps, together above the limit."""
-    inside, beside = chart["copy_share"].worst(), (list(chart["idle_copies"]) or [None])[-1]
+    inside = chart["copy_share"].worst()
+    beside = chart["idle_copies"][-1] if len(chart["idle_copies"]) else None
     if inside is None and beside is None:
         return NotExamined(chart.why_unobserved("copy_share") or "no step was profiled")
     shares = [reading.value if reading is not None else 0.0 for reading in (inside, beside)]
