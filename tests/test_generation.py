@@ -199,7 +199,7 @@ def sample(share: float, step: int = 90, **note: Any) -> Any:
     return read("generated_repetition", share, step, **{"loop": 12, "period": 3, "greedy": 1.0, **note})
 
 
-LEARNED = {"loss": [4.0] + [1.5] * 99, "chance_loss": [4.1]}
+LEARNED: dict[str, Any] = {"loss": [4.0] + [1.5] * 99, "chance_loss": [4.1]}
 
 
 def test_loops_at_the_end_of_training_are_found_and_the_cure_fits_the_decoding() -> None:
@@ -212,14 +212,14 @@ def test_loops_at_the_end_of_training_are_found_and_the_cure_fits_the_decoding()
 
 def test_early_samples_and_models_that_learned_nothing_are_not_judged() -> None:
     assert "first half" in unexamined("repetitive-generation", chart(generated_repetition=[sample(0.9, 10)], **LEARNED))
-    flat = {"loss": [4.1] * 100, "chance_loss": [4.1]}
+    flat: dict[str, Any] = {"loss": [4.1] * 100, "chance_loss": [4.1]}
     assert "hardly learned" in unexamined("repetitive-generation", chart(generated_repetition=[sample(0.9)], **flat))
-    lost = {"loss": [4.0] * 20 + [float("nan")] * 80, "chance_loss": [4.1]}
+    lost: dict[str, Any] = {"loss": [4.0] * 20 + [float("nan")] * 80, "chance_loss": [4.1]}
     assert "not finite" in unexamined("repetitive-generation", chart(generated_repetition=[sample(0.9)], **lost))
 
 
 def written(cost: float, temperature: float, surprise: float, entropy: float, lead: float = 50.0) -> dict[str, Any]:
-    note = {"surprise": surprise, "entropy": entropy, "lead": lead, "usual": 1.6}
+    note: dict[str, Any] = {"surprise": surprise, "entropy": entropy, "lead": lead, "usual": 1.6}
     return {
         "generated_cross_entropy": [read("generated_cross_entropy", cost, 100, **note)],
         "sampling_temperature": [read("sampling_temperature", temperature, 100, **note)],
