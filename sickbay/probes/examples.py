@@ -15,7 +15,9 @@ MOST = 400  # rows: with more the test gets slower by their square
 _WIDTH = 256  # numbers of a row's input
 _CLASSES = 64  # places that classes are spread over
 _TOKENS = 64  # of a row, for the question whether they look made up
-_OFTEN = 5.0  # times the mean count: an id so frequent is padding
+_OFTEN = 5.0  # times the mean count: an id so frequent is padding or a mark
+_MARKS = 3  # ids of that kind: padding, beginning, end
+_NEXT = 0.5  # share of targets that are the next input
 
 Matrix = NDArray[np.float64]
 
@@ -28,6 +30,7 @@ class Examples:
         self._y: list[NDArray[Any]] = []
         self._tokens: list[NDArray[Any]] = []
         self._dice = np.random.default_rng(0)
+        self.continues = False  # the targets are the next tokens of an input: they belong together by construction
 
     def __len__(self) -> int:
         return len(self._x)
@@ -36,6 +39,8 @@ class Examples:
         """Of the first rows of a batch of `count` those that are `fresh`: `targets` `(n, K)`."""
         chosen = np.flatnonzero(fresh)[: MOST - len(self)]
         rows = self._main(inputs, count)
+        if classes and targets.shape[1] > 1 and not self.continues:
+            self.continues = any(_follows(targets, tensor, ignored) for tensor in inputs)
         if rows is None or not len(chosen):
             return
         picked = rows[torch.from_numpy(chosen)].detach()
@@ -96,6 +101,12 @@ class Examples:
         """`(N, K)`: one column for each hashed class, or numbers as they are."""
         return np.stack(self._y).astype(np.float64)
 
+    def columns(self) -> int:
+        """How many places of an input vary: tokens, or numbers."""
+        width = min((len(row) for row in self._tokens), default=0)
+        rows = np.stack([row[:width] for row in self._tokens]) if self._tokens else self.features()
+        return int((rows != rows[0]).any(axis=0).sum())
+
     def look_made_up(self) -> bool:
         """True if the inputs are what randint, rand or randn give: a trial of the machinery, not data."""
         if not self._tokens:
@@ -103,11 +114,22 @@ class Examples:
         width = min(len(row) for row in self._tokens)
         tokens = np.stack([row[:width] for row in self._tokens])
         tokens = tokens[:, (tokens != tokens[0]).any(axis=0)].reshape(-1)
-        if not len(tokens):
-            return False
-        ids, counts = np.unique(tokens, return_counts=True)
-        padding = ids[counts.argmax()]
-        if counts.max() > _OFTEN * counts.mean():
-            tokens = tokens[tokens != padding]
-            tokens = np.where(tokens > padding, tokens - 1, tokens)
+        for _ in range(_MARKS):
+            if not len(tokens):
+                return False
+            ids, counts = np.unique(tokens, return_counts=True)
+            if counts.max() > _OFTEN * counts.mean():
+                mark = ids[counts.argmax()]
+                tokens = tokens[tokens != mark]
+                tokens = np.where(tokens > mark, tokens - 1, tokens)
         return is_uniform_noise(tokens)
+
+
+def _follows(targets: Tensor, ids: Tensor, ignored: int) -> bool:
+    """True if most counted `targets` `(n, K)` are the token after theirs in `ids` `(B, T)`."""
+    width = targets.shape[1] - 1
+    if ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] <= width or len(ids) < len(targets) or ids.device.type != "cpu":
+        return False
+    counted = targets[:, :width] != ignored
+    same = (targets[:, :width] == ids[: len(targets), 1 : width + 1]) & counted
+    return int(same.sum()) > _NEXT * int(counted.sum())

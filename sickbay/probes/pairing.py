@@ -104,9 +104,9 @@ class Pairing:
         self.record.read("input_conflicts", self._conflicts / self._seen, note=note, source=self._source)
         weight = sum(1 / error**2 for _, error in self._gains if error)
         told = sum(gain / error**2 for gain, error in self._gains if error) / weight * math.sqrt(weight) if weight else 0.0
-        if len(self._examples) >= _FEWEST_EXAMPLES and told < _SURE:
+        if len(self._examples) >= _FEWEST_EXAMPLES and told < _SURE and not self._examples.continues:
             x, y = self._examples.features(), self._examples.targets()
-            note = {"rows": len(x), "noise": self._examples.look_made_up(), "columns": int((x != x[0]).any(axis=0).sum())}
+            note = {"rows": len(x), "noise": self._examples.look_made_up(), "columns": self._examples.columns()}
             self.record.read("input_dependence", dependence_z(x, y), note=note, source=self._source)
 
     # --- one batch ----------------------------------------------------------------------------------------------------
@@ -195,8 +195,9 @@ def gains(call: LossCall, count: int, width: int) -> tuple[NDArray[np.float64], 
         if width * few * classes > 8 * _MAX_ELEMENTS:
             outputs = outputs[:, -max(1, _MAX_ELEMENTS // (few * classes)) :]
         wanted = targets.reshape(count, width)[:few, -outputs.shape[1] :]
-        other = wanted.roll(1, 0)
-        counted = (wanted != call.ignore_index) & (other != call.ignore_index)
+        counted = wanted != call.ignore_index
+        other = _moved(wanted, counted)
+        counted &= other != call.ignore_index
         logs = outputs.log_softmax(-1) if call.name == "cross_entropy" else outputs
         true, moved = (-logs.gather(-1, ids.clamp(0, classes - 1).unsqueeze(-1)).squeeze(-1) for ids in (wanted, other))
         different = (wanted != other) & counted
@@ -214,6 +215,16 @@ def gains(call: LossCall, count: int, width: int) -> tuple[NDArray[np.float64], 
         return None
     true, moved = ((part * counted).sum(1)[kept].double() / share[kept] for part in (true, moved))
     return (moved - true).numpy(), moved.numpy()
+
+
+def _moved(targets: Tensor, counted: Tensor) -> Tensor:
+    """`targets` `(n, K)` of the row before; where few are counted, as of masked tokens, the counted ones of half a batch before."""
+    if not 0 < int(counted.sum()) < counted.numel() / 2:
+        return targets.roll(1, 0)
+    other = targets.clone()
+    chosen = targets[counted]
+    other[counted] = chosen.roll(len(chosen) // 2)
+    return other
 
 
 def row_marks(inputs: list[Tensor], count: int, few: int) -> list[int]:
