@@ -24,6 +24,9 @@ SHARE = 0.003  # of the run's time
 FIRST = 0.02  # seconds: about twenty looks at 2,000 tokens, so that a run of seconds is seen as well
 _MAX_TOKENS = 4096  # of one batch
 _MAX_ROWS = 1 << 16  # rows remembered as counted
+_STRETCH = 16  # tokens: a stretch of text that came before makes a repetition, a shorter one may be a phrase
+_SEEN_BITS = 22  # places for stretches, 4 MB once full
+_FACTOR = np.uint64(0x5851F42D4C957F2D)  # multiplier of Knuth's MMIX generator, The Art of Computer Programming 2, section 3.3.4
 _MAX_COUNTED = 1 << 20  # tokens
 _MATCH = 0.95  # share of targets that are the next input: exact by construction, the rest for edited tokens
 
@@ -47,6 +50,7 @@ class Corpus:
         self.patient, self.record = patient, record
         self._purse = Purse(SHARE, FIRST)
         self._counted: set[int] = set()
+        self._seen = np.zeros(1 << _SEEN_BITS, dtype=bool)
         self._found = 0
         self._tried = 0
 
@@ -62,31 +66,41 @@ class Corpus:
             rows = next_tokens((calls[-1].args, calls[-1].kwargs), losses[-1])
             if rows is not None:
                 self._found += 1
-                self._read(rows, losses[-1])
+                self.read(rows, losses[-1])
 
-    def _read(self, rows: NextTokens, call: LossCall) -> None:
+    def read(self, rows: NextTokens, call: LossCall) -> None:
+        """Scores the new text of `rows` by what was counted before, then counts it."""
         classes = call.logits.shape[1] if call.logits.dim() > 1 else 1
         if self.patient.corpus is None:
             self.patient.corpus = NGrams(classes)
         model = self.patient.corpus
         if model.tokens >= _MAX_COUNTED:
             return
-        fresh = self._fresh(rows.targets)
-        if not fresh.any():
-            return
-        ids, targets = rows.ids[fresh], rows.targets[fresh]
-        _, before, _ = windows(ids)
-        grams = (before, ids.reshape(-1), targets.reshape(-1))
+        targets = np.where(self._fresh(rows.targets), rows.targets, GAP)
+        _, before, _ = windows(rows.ids)
+        grams = (before, rows.ids.reshape(-1), targets.reshape(-1))
         known = int((grams[2] >= 0).sum())
-        if model.tokens and known:
+        if not known:
+            return
+        if model.tokens:
             single, pair, triple = (float(order.mean()) for order in model.losses(*grams))
             note = {"unigram": single, "bigram": pair, "trigram": triple, "model": _mean(call), "tokens": model.tokens, "counted": known}
             self.record.read("ngram_loss", min(single, pair, triple), note=note, source=call.source)
         model.add_grams(*grams)
 
     def _fresh(self, targets: Ids) -> NDArray[np.bool_]:
-        """Which rows were not counted before: what a table has seen already it would know by heart."""
-        fresh = np.zeros(len(targets), dtype=bool)
+        """Which targets `(B, T)` stand in text not counted before: what a table has seen it knows by heart, and crops overlap."""
+        fresh = np.zeros(targets.shape, dtype=bool)
+        if targets.shape[1] >= _STRETCH:
+            marks = np.zeros((len(targets), targets.shape[1] - _STRETCH + 1), dtype=np.uint64)
+            for place in range(_STRETCH):
+                marks = marks * _FACTOR + targets[:, place : place + marks.shape[1]].astype(np.uint64)
+            places = (marks * _FACTOR >> np.uint64(64 - _SEEN_BITS)).astype(np.intp)
+            new = ~self._seen[places]
+            self._seen[places] = True
+            fresh[:, _STRETCH - 1 :] = new
+            fresh[:, : _STRETCH - 1] = new[:, :1]
+            return fresh
         for index, row in enumerate(targets):
             mark = zlib.crc32(row.tobytes())
             if mark not in self._counted and len(self._counted) < _MAX_ROWS:

@@ -1,0 +1,119 @@
+"""The pairing of inputs and targets, and the counting of tokens, against answers that are known by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sickbay.core.record import RecordWriter
+from sickbay.patient import LossCall, Patient
+from sickbay.probes.corpus import Corpus, next_tokens
+from sickbay.probes.examples import Examples
+from sickbay.probes.loop import Loop
+from sickbay.probes.pairing import gains, row_marks
+
+
+def call(name: str, logits: torch.Tensor, targets: torch.Tensor) -> LossCall:
+    return LossCall(name, logits, targets, -100, "mean", getattr(F, name)(logits, targets), "train.py:1", True)
+
+
+def test_a_perfect_answer_gains_what_the_wrong_one_costs() -> None:
+    targets = torch.tensor([0, 1, 0, 1])
+    logits = 4.0 * F.one_hot(targets, 2).float()
+    gain, rolled = gains(call("cross_entropy", logits, targets), 4, 1)  # type: ignore[misc]
+    assert gain == pytest.approx([4.0] * 4)
+    assert rolled == pytest.approx([4.0 + math.log(1 + math.exp(-4.0))] * 4)
+
+
+def test_an_answer_that_is_the_same_for_all_rows_gains_nothing_on_the_whole() -> None:
+    logits = torch.tensor([[1.0, -1.0]]).expand(8, 2)
+    gain, _ = gains(call("cross_entropy", logits, torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])), 8, 1)  # type: ignore[misc]
+    assert gain.sum() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_masked_targets_are_exchanged_among_themselves() -> None:
+    targets = torch.full((4, 10), -100)
+    for row, place in enumerate((1, 4, 6, 9)):
+        targets[row, place] = row
+    logits = 5.0 * F.one_hot(targets.clamp(0), 4).float().permute(0, 2, 1)
+    gain, _ = gains(call("cross_entropy", logits, targets), 4, 10)  # type: ignore[misc]
+    assert gain == pytest.approx([5.0] * 4)
+
+
+def test_regression_gain_is_the_difference_of_squares() -> None:
+    targets = torch.tensor([[0.0], [1.0], [0.0], [3.0]])
+    gain, rolled = gains(call("mse_loss", targets.clone(), targets), 4, 1)  # type: ignore[misc]
+    assert gain == pytest.approx([9.0, 1.0, 1.0, 9.0])
+    assert rolled == pytest.approx(gain)
+
+
+def test_places_in_the_batch_and_equal_targets_are_not_judged() -> None:
+    assert gains(call("cross_entropy", torch.randn(6, 6), torch.arange(6)), 6, 1) is None
+    assert gains(call("cross_entropy", torch.randn(6, 3), torch.ones(6, dtype=torch.long)), 6, 1) is None
+
+
+def test_rows_of_equal_input_have_equal_marks_whichever_way_they_lie() -> None:
+    ids = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 4], [0, 2, 3]])
+    marks = row_marks([ids], 4, 4)
+    assert marks[0] == marks[1]
+    assert len(set(marks)) == 3
+    assert row_marks([ids.t().contiguous()], 4, 4) == marks
+    numbered = row_marks([ids, torch.arange(4.0)[:, None]], 4, 4)
+    assert len(set(numbered)) == 4
+
+
+def test_next_tokens_are_found_shifted_inside_or_outside_of_the_model_and_nothing_else_is() -> None:
+    text = torch.arange(40).reshape(2, 20) % 13
+    logits = torch.zeros(2 * 19, 13)
+    outside = next_tokens([text[:, :-1]], call("cross_entropy", logits, text[:, 1:].reshape(-1)))
+    inside = next_tokens([text], call("cross_entropy", logits, text[:, 1:].reshape(-1)))
+    assert outside is not None
+    assert inside is not None
+    assert np.array_equal(outside.ids, inside.ids)
+    assert np.array_equal(outside.targets, text[:, 1:].numpy())
+    assert next_tokens([text], call("cross_entropy", torch.zeros(40, 13), text.reshape(-1))) is None
+
+
+def examples(x: torch.Tensor, y: torch.Tensor) -> Examples:
+    kept = Examples()
+    kept.add([x], y, np.ones(len(x), dtype=bool), len(x), not y.is_floating_point(), -100)
+    return kept
+
+
+def test_examples_tell_data_from_trials() -> None:
+    torch.manual_seed(0)
+    label = torch.randint(0, 2, (300, 1))
+    padded = torch.randint(3, 50, (300, 20))
+    padded[:, 12:] *= torch.rand(300, 8) < 0.5
+    assert examples(padded, label).look_made_up()
+    assert examples(torch.randn(300, 3, 8, 8), label).look_made_up()
+    assert not examples((padded**2) // 50, label).look_made_up()
+    assert not examples(torch.randn(300, 64).cumsum(1), label).look_made_up()
+    assert examples(torch.randint(0, 9, (300, 3)), label).columns() == 3
+
+
+def test_next_tokens_are_known_to_belong_together() -> None:
+    text = torch.randint(0, 50, (300, 12))
+    assert examples(text[:, :-1], text[:, 1:]).continues
+    assert not examples(text[:, :-1], text[:, 1:].roll(1, 0)).continues
+
+
+def test_of_overlapping_crops_each_stretch_of_text_is_counted_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = torch.randint(0, 50, (2000,))
+    patient = Patient()
+    record = RecordWriter(tmp_path, 0)
+    corpus = Corpus(patient, record, Loop(patient, record))
+    for start in (*range(0, 1900, 20), *range(0, 1900, 7)):
+        targets = text[start + 1 : start + 41]
+        found = next_tokens([text[start : start + 40].view(1, -1)], call("cross_entropy", torch.zeros(40, 50), targets))
+        assert found is not None
+        corpus.read(found, call("cross_entropy", torch.zeros(40, 50), targets))
+    record.close()
+    assert patient.corpus is not None
+    assert 1900 < patient.corpus.tokens < 2100
