@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-SCALES = ((16, 2), (64, 4), (256, 8))  # tokens of a stretch, tokens of the n-grams counted in it: loops of words, of phrases, of paragraphs
+SCALES = ((16, 2), (32, 3), (64, 4), (128, 6), (256, 8))  # tokens of a stretch and of its n-grams: loops of words to loops of paragraphs
 ALMOST_EVERY = 0.99  # of the training text's stretches
 LEAST_STRETCHES = 100  # of the training text, to know its hundredth
 LEAST_PLACES = 8  # stretches of the sequence
