@@ -17,7 +17,7 @@ from typing import Any
 from sickbay.core.errors import UsageError
 from sickbay.core.plan import Parts
 
-# Published dimensions: width, layers, heads, feed-forward width, vocabulary, context (GPT-2: Radford et al. 2019; Llama: Touvron et al. 2023).
+# Published dimensions. GPT-2: Radford et al. 2019, table 2; Llama: Touvron et al. 2023 (arXiv 2302.13971), table 2.
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
     "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 50257, "n_positions": 1024},
@@ -169,7 +169,8 @@ def _of_config(fields: dict[str, Any], where: str) -> tuple[Callable[[], Any], i
         raise UsageError(f"{where}: model_type {kind!r} cannot be read: {problem}"[:300]) from problem
     context = next((int(getattr(config, n)) for n in ("max_position_embeddings", "n_positions") if getattr(config, n, None)), 0)
     config.use_cache = False
-    return (lambda: AutoModelForCausalLM.from_config(config)), context
+    build: Any = AutoModelForCausalLM.from_config
+    return (lambda: build(config)), context
 
 
 def _of_function(target: str) -> Callable[[], Any]:
@@ -192,7 +193,7 @@ def _of_dimensions(given: dict[str, int]) -> tuple[str, Callable[[], Any], int]:
     from sickbay.reference.model import Config, Transformer
 
     dim = given["dim"]
-    fields = {
+    fields: dict[str, Any] = {
         "dim": dim,
         "num_layers": given.get("layers", 6),
         "num_heads": given.get("heads") or max(1, dim // 64),

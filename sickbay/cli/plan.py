@@ -195,8 +195,8 @@ def _data_lines(data: dict[str, Any]) -> list[str]:
     ]
     if data["guide_over_optimal"] > 2:
         lines += [
-            f"  they disagree by {data['guide_over_optimal']:,.0f} x: the table's models can learn this set by heart within a few epochs; start "
-            "small and grow while validation loss still falls"
+            f"  they disagree by {data['guide_over_optimal']:,.0f} x: the table's models learn such a set by heart within a few epochs;",
+            "  start small and grow while validation loss still falls",
         ]
     if "tokens_per_parameter" in data:
         lines += [f"  this model: {data['tokens_per_parameter']:.2g} tokens a parameter"]

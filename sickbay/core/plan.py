@@ -55,7 +55,8 @@ class Parts:
         """The most bytes alive at once in a step that is not the first."""
         standing = self.weights + self.optimizer + self.outputs
         share = self.gradients / max(len(self.blocks) + 1, 1)
-        moments = [self.activations + self.logits]
+        # The gradients of log-softmax and of what it is picked from are both as large as the logits.
+        moments = [self.activations + 2 * self.logits]
         left, made = sum(self.blocks), share
         moments.append(left + made)
         for block in reversed(self.blocks):

@@ -107,7 +107,7 @@ def holder_of_graphs(frame: Any, marks: list[Any], patient: Patient) -> dict[str
                 held[found.path[:length]].append(found)
     best = max((len(kept) for kept in steps.values()), default=0)
     kept_steps = {mark.step for mark in (ref() for ref in marks) if mark is not None}
-    if best < _WORTH * len(kept_steps):
+    if best < max(1, _WORTH * len(kept_steps)):
         del reach
         gc.collect()
         kept_steps = {mark.step for mark in (ref() for ref in marks) if mark is not None}

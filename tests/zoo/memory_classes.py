@@ -10,7 +10,10 @@ class Ticks(Dataset):
     """Windows over a noisy periodic signal; the tag is the phase quadrant. Optionally remembers what it made."""
 
     def __init__(self, count, remember=False):
-        self.count, self.remember, self.made = count, remember, {}
+        self.count, self.remember, self.made = count, False, {}
+        if not remember:
+            self.made = {i: self[i] for i in range(count)}
+        self.remember = remember
 
     def __len__(self):
         return self.count
