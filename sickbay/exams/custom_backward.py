@@ -29,6 +29,7 @@ _CLASSES = 8  # of the script's Functions that are asked about
 _DIRECTIONS = 6
 _STEPS = (1e-5, 2.5e-6)  # of the difference quotient, relative to the input's RMS: two, to see whether there is a derivative
 _SMOOTH = 0.01  # relative: two quotients that differ by more belong to no derivative
+_STEPPED = 0.05  # of the outputs: where fewer change when every input does, the forward is a flight of steps
 _MOST = 1 << 21  # elements of one input
 _TIMEOUT = 20.0
 
@@ -170,7 +171,7 @@ def _differences(function: Any, inputs: list[Any], i: int, weights: list[Tensor]
     """The error over several directions in input `i`; "constant" or "rough" where the forward has no derivative to compare with."""
     size = float(inputs[i].pow(2).mean().sqrt()) or 1.0
     numeric, analytic = [], []
-    moved = False
+    moved = 0.0
     for _ in range(_DIRECTIONS):
         direction = torch.randn(inputs[i].shape, generator=generator, dtype=torch.float64)
         quotients = []
@@ -180,17 +181,23 @@ def _differences(function: Any, inputs: list[Any], i: int, weights: list[Tensor]
                 shifted = [*inputs[:i], inputs[i] + sign * step * size * direction, *inputs[i + 1 :]]
                 sides.append(_run(function, shifted))
             change = sum(float(((up - down) * weight).sum()) for up, down, weight in zip(*sides, weights, strict=True))
-            moved = moved or change != 0.0
+            moved = max(moved, _share_changed(*sides))
             quotients.append(change / (2 * step * size))
         if abs(quotients[0] - quotients[1]) <= _SMOOTH * max(abs(q) for q in quotients):
             numeric.append(quotients[1])
             analytic.append(float((returned.double() * direction).sum()))
-    if not moved:
+    if moved < _STEPPED:
         return "constant"
     if len(numeric) < _DIRECTIONS / 2 or not all(map(math.isfinite, (*numeric, *analytic))):
         return "rough"
     error = math.dist(numeric, analytic) / max(math.hypot(*numeric), math.hypot(*analytic), 1e-300)
     return {"error": error, "analytic": analytic[0], "numeric": numeric[0], "directions": len(numeric)}
+
+
+def _share_changed(one: list[Tensor], other: list[Tensor]) -> float:
+    """The share of elements that are not the same in both."""
+    count = sum(tensor.numel() for tensor in one)
+    return sum(int((a != b).sum()) for a, b in zip(one, other, strict=True)) / max(1, count)
 
 
 def _passes_through(function: Any, returned: Any, weights: list[Tensor]) -> bool:

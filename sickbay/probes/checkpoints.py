@@ -33,6 +33,8 @@ _FILES = 8  # loaded ones that are remembered
 _MARKS = 4  # tensors by which a file's weights are recognised
 _AFTER = 10  # instructions in which what was read goes into a variable or a call
 _KEEPS = ("STORE_FAST", "STORE_NAME", "STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "GET_ITER", "RETURN_VALUE")
+_ENDS = ("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "RETURN_", "RAISE_VARARGS", "RERAISE")
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _DROPS = ("POP_TOP", "FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC", "BUILD_STRING", "CONVERT_VALUE")
 
 
@@ -75,7 +77,7 @@ class Checkpoints:
         if not isinstance(content, dict):
             return
         counters = {key: value for key, value in content.items() if isinstance(key, str) and _COUNTER.search(key) and _is_count(value)}
-        read = [key for key in counters if any(reads(code, key) for code in _user_code())] if counters else []
+        read = [key for key in counters if any(reads(code, key, at) for code, at in _running())] if counters else []
         if not read:
             return
         key = max(read, key=lambda name: counters[name])
@@ -157,12 +159,15 @@ class Checkpoints:
         return __init__
 
 
-def reads(code: CodeType, key: str) -> bool:
-    """True if `code` takes `x[key]`, `x.get(key)` or `x.pop(key)` into a variable, a loop or a result; printing it is no use of it."""
+def reads(code: CodeType, key: str, after: int = -1) -> bool:
+    """True if `code` can go on, from the instruction at offset `after`, to take `x[key]`, `x.get(key)` or `x.pop(key)` into a variable,
+    a loop or a result; printing it is no use of it, nor is what stands in another branch or in the next turn of a loop.
+    """
     if key not in code.co_consts:
         return False
     instructions = [one for one in dis.get_instructions(code) if one.opname not in ("PRECALL", "CACHE", "EXTENDED_ARG", "PUSH_NULL")]
-    for place, one in enumerate(instructions):
+    for place in _reachable(instructions, after):
+        one = instructions[place]
         if not one.opname.startswith("LOAD_CONST") or one.argval != key:
             continue
         following = instructions[place + 1 : place + 3]
@@ -174,6 +179,27 @@ def reads(code: CodeType, key: str) -> bool:
     return False
 
 
+def _reachable(instructions: list[dis.Instruction], after: int) -> list[int]:
+    """The places in `instructions` that execution may come to from offset `after` without going back."""
+    at = {one.offset: place for place, one in enumerate(instructions)}
+    offsets = [one.offset for one in instructions]
+    start = next((place for place, offset in enumerate(offsets) if offset > after), len(instructions))
+    seen: set[int] = set()
+    waiting = [start]
+    while waiting:
+        place = waiting.pop()
+        while place < len(instructions) and place not in seen:
+            seen.add(place)
+            one = instructions[place]
+            if one.opcode in _JUMPS and isinstance(one.argval, int) and one.argval > one.offset:
+                # A target may be one of the instructions left out above: what follows it is meant.
+                waiting.append(at.get(one.argval, next((p for p, offset in enumerate(offsets) if offset >= one.argval), len(offsets))))
+            if one.opname.startswith(_ENDS):
+                break
+            place += 1
+    return sorted(seen)
+
+
 def _is_kept(instructions: list[dis.Instruction]) -> bool:
     for one in instructions:
         if one.opname.startswith(_KEEPS):
@@ -183,13 +209,13 @@ def _is_kept(instructions: list[dis.Instruction]) -> bool:
     return False
 
 
-def _user_code() -> list[CodeType]:
-    """The code of the script's functions that are running, the innermost first."""
-    found: list[CodeType] = []
+def _running() -> list[tuple[CodeType, int]]:
+    """The script's functions that are running, the innermost first: their code, and the offset they have come to."""
+    found: list[tuple[CodeType, int]] = []
     frame: Any = sys._getframe(1)
     while frame is not None and len(found) < _FRAMES:
         if is_user_file(frame.f_code.co_filename):
-            found.append(frame.f_code)
+            found.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return found
 

@@ -63,5 +63,6 @@ condition = Condition(
     needs=("paired_broadcast",),
     diagnose=diagnose,
     prescribes=("same-shape",),
+    leads_to=("loss-plateau",),
     inject=inject,
 )

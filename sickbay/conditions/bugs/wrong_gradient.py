@@ -92,5 +92,6 @@ condition = Condition(
     needs=("gradient_error",),
     diagnose=diagnose,
     prescribes=("check-backward",),
+    leads_to=("loss-plateau",),
     inject=inject,
 )
