@@ -1,4 +1,4 @@
-"""Where the script's own files speak of `.step`: whether a scheduler that never moved is stepped anywhere at all."""
+"""Where the script's own files call `.step`: whether a scheduler that never moved is stepped anywhere at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_FILES, _MAX_BYTES = 64, 1 << 20
 
 @dataclass
 class StepCalls:
-    """`own_loop`: the script's lines step the optimizer, no library's loop does. `others`: lines with `.step` of something else."""
+    """`own_loop`: the script's lines step the optimizer, no library's loop does. `others`: lines that call another `.step`."""
 
     own_loop: bool = False
     others: list[str] = field(default_factory=list)
@@ -31,8 +31,9 @@ def step_calls(updates: Iterable[str]) -> StepCalls:
         except (OSError, ValueError, SyntaxError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr == "step":
-                found += [(name, line, ast.unparse(node.value)) for line in {node.lineno, node.end_lineno or node.lineno}]
+            method = node.func if isinstance(node, ast.Call) else None
+            if isinstance(method, ast.Attribute) and method.attr == "step":
+                found += [(name, line, ast.unparse(method.value)) for line in {method.lineno, method.end_lineno or method.lineno}]
     stepped = {receiver for name, line, receiver in found if (name, line) in lines}
     others = [f"{name}:{line}" for name, line, receiver in found if receiver not in stepped]
     return StepCalls(bool(stepped), others)
@@ -41,9 +42,9 @@ def step_calls(updates: Iterable[str]) -> StepCalls:
 def _files(lines: set[tuple[str, int]]) -> list[str]:
     """The user's source files: those of `lines`, and every module that is no installed package."""
     names = {name for name, _ in lines}
-    for module in list(sys.modules.values()):
+    for known, module in list(sys.modules.items()):
         name = getattr(module, "__file__", None)
-        if isinstance(name, str) and name.endswith(".py") and is_user_file(name):
+        if not known.startswith("sickbay.") and isinstance(name, str) and name.endswith(".py") and is_user_file(name):
             names.add(name)
     readable = [name for name in sorted(names) if Path(name).is_file() and Path(name).stat().st_size < _MAX_BYTES]
     return readable[:_MAX_FILES]

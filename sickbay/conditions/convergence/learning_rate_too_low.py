@@ -22,6 +22,7 @@ lengths along the step's own direction on its own batch is a line search: Noceda
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sickbay.core.chart import Chart, Reading
@@ -31,7 +32,7 @@ from sickbay.core.robust import median
 
 SMALL_UPDATE = Threshold(3e-4, "ratio", source="three times the guide's 1e-4, since the argument is the trial and not the size")
 FURTHER = Threshold(100.0, "x step", source="a healthy rate is within ten times of the best single step; two decades are a slip")
-GAIN = Threshold(0.05, "share of loss", source="calibration: a first Adam step of ordinary size lowers a fresh model's loss by 5 to 10 %")
+GAIN = Threshold(0.03, "share of loss", source="calibration: an Adam step of ordinary size lowers a fresh model's loss by 3 to 10 %")
 GAIN_UNKNOWN = Threshold(
     0.3, "share of loss", source="where no uniform guess says what the loss started from, only a large gain is told from a fit"
 )
@@ -79,11 +80,19 @@ def _found(chart: Chart, tried: list[Reading], needed: float, moved: str) -> Dia
 
 
 def _further(reading: Reading, needed: float) -> bool:
-    """True if the same direction, two decades further, gains a share `needed` of the loss and very much more than the step does."""
+    """True if the same direction, two decades further, gains a share `needed` of the loss and very much more than the step does.
+
+    Near a uniform guess it is enough that the gain still grows with the step three decades on: no curvature is felt even there.
+    """
     before, losses = reading.note["loss"], {float(k): v for k, v in reading.note["losses"].items() if v is not None}
-    gain = (before - min(losses.values())) / abs(before)
-    falls = all(losses.get(near, before) >= losses.get(far, before) for near, far in ((1.0, 10.0), (10.0, 100.0)))
-    return falls and reading.note["best"] >= FURTHER and gain >= needed and gain >= RATIO * max(reading.value, 0.0)
+    gains = {multiple: before - loss for multiple, loss in losses.items()}
+    if reading.note["best"] < FURTHER or not gains[1.0] <= gains.get(10.0, -math.inf) <= gains.get(FURTHER, -math.inf):
+        return False
+    best = max(gains.values())
+    if best >= needed * abs(before) and best >= RATIO * max(gains[1.0], 0.0):
+        return True
+    straight = gains.get(10 * FURTHER, 0.0) >= RATIO * gains[10.0] > 0
+    return needed == GAIN and reading.note["best"] >= 10 * FURTHER and straight
 
 
 def inject(case: Any) -> Any:

@@ -46,18 +46,22 @@ FEWEST, SMOOTH, END = 100, 10, 20  # steps: of a run that can be judged; reading
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     losses = chart["loss"].finite()
-    highest = max((r.value for r in chart["learning_rate"]), default=math.nan)
-    alive = {r.step for r in chart["learning_rate"] if r.value >= ALIVE * highest}
-    kept = Series(r for r in losses if not alive or r.step in alive)
+    rates = chart["learning_rate"]
+    highest = max(rates.values, default=math.nan)
+    # Where a schedule has come to its end the loss is flat by design; rates are not read at every step.
+    last = max((reading.step for reading in rates if reading.value >= ALIVE * highest), default=-1)
+    ended = any(reading.step > last for reading in rates)
+    kept = losses.between(0, last) if ended else losses
     if len(kept) < FEWEST or len({r.source for r in losses}) > 1:
         return NotExamined(f"{len(kept)} steps have one finite loss and a learning rate; this needs {FEWEST}")
     level, lowest = median(kept.values[-END:]), _lowest(kept.values)
-    guess, how = _guess(chart)
-    if not guess > 0 or not _flat(kept):
-        return None if guess > 0 else NotExamined("what guessing would give is not known for this loss")
-    if abs(level / guess - 1) <= AT_GUESS and lowest > (1 - 2 * AT_GUESS) * guess:
-        text = f"after {len(losses)} steps the loss is {number(level)}, that of {how} ({number(guess)}), and it is not falling."
-        return Diagnosis(text, (Evidence(kept[-1], guess),), "warning", kept[0].step, source=kept[-1].source, certainty="suspected")
+    guesses = _guesses(chart)
+    if not guesses or not _flat(kept):
+        return None if guesses else NotExamined("what guessing would give is not known for this loss")
+    for how, guess in guesses.items():
+        if abs(level / guess - 1) <= AT_GUESS and lowest > (1 - 2 * AT_GUESS) * guess:
+            text = f"after {len(losses)} steps the loss is {number(level)}, that of {how} ({number(guess)}), and it is not falling."
+            return Diagnosis(text, (Evidence(kept[-1], guess),), "warning", kept[0].step, source=kept[-1].source, certainty="suspected")
     counted = median([r.value for r in chart["ngram_loss"]][-SMOOTH:])
     if level > ABOVE * counted:
         text = f"the loss stands at {number(level)}, though counting pairs and triples of tokens gives {number(counted)}."
@@ -65,11 +69,11 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     return None
 
 
-def _guess(chart: Chart) -> tuple[float, str]:
-    """The loss of guessing and in words how: by the frequency of tokens where it was counted, otherwise uniformly."""
+def _guesses(chart: Chart) -> dict[str, float]:
+    """The loss of guessing, by how it is done: uniformly, and by the frequency of tokens where it was counted."""
     single = median([r.note["unigram"] for r in chart["ngram_loss"] if r.note.get("unigram")][-SMOOTH:])
-    chance = chart["chance_loss"].median()
-    return (single, "guessing by frequency") if single < (1 - AT_GUESS) * chance else (chance, "a uniform guess")
+    known = {"a uniform guess": chart["chance_loss"].median(), "guessing by frequency": single}
+    return {how: guess for how, guess in known.items() if guess > 0}
 
 
 def _lowest(values: list[float]) -> float:

@@ -56,8 +56,8 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     worst = min(overshot, key=lambda reading: reading.value)
     seen = worst.note["losses"]
     return Diagnosis(
-        summary=f"the learning rate is {number(rates[0])} from step 0 on, and {harm}; at step {worst.step} a tenth of the step "
-        f"takes the loss from {number(worst.note['loss'])} to {number(seen['0.1'])}, the whole step to {number(seen['1'] or float('inf'))}.",
+        summary=f"the learning rate is {number(rates[0])} from step 0 on, and {harm}; at step {worst.step} a tenth of it "
+        f"takes the loss from {number(worst.note['loss'])} to {number(seen['0.1'])}, the whole to {number(seen['1'] or float('inf'))}.",
         evidence=(Evidence(worst, 0.0), Evidence(chart["learning_rate"][0])),
         severity="warning",
         step=overshot[0].step,
@@ -80,9 +80,10 @@ def _harm(chart: Chart, losses: list[float]) -> str:
     """What became of the run, in words; empty if it did not mind."""
     first, chance = losses[0], chart["chance_loss"].median()
     smooth = [median(losses[i : i + SMOOTH]) for i in range(len(losses) - SMOOTH + 1)]
-    top = max(smooth[: max(len(smooth) // 3, 1)])
+    third = max(len(losses) // 3, SMOOTH)
+    top, lasting = max(losses[:third]), max(smooth[:third])
     end = median(losses[-FEWEST // 3 :])
-    if top > RISE * first and end < SETTLED * first:
+    if top > RISE * first and lasting > first and end < SETTLED * first:
         return f"the loss rose from {number(first)} to {number(top)} before it came down"
     if len(losses) >= STUCK and abs(end / chance - 1) < AT_CHANCE and min(smooth) > (1 - 2 * AT_CHANCE) * chance:
         return f"after {len(losses)} steps the loss is still that of a uniform guess, {number(chance)}"
@@ -90,8 +91,8 @@ def _harm(chart: Chart, losses: list[float]) -> str:
 
 
 def inject(case: Any) -> Any:
-    """Ten times the learning rate from the first step on, where a warm-up would have borne it."""
-    return case.but(learning_rate=case.learning_rate * 10, warmup=0, clip=None)
+    """A learning rate of 0.1 from the first step on."""
+    return case.but(learning_rate=0.1, warmup=0, clip=None)
 
 
 condition = Condition(

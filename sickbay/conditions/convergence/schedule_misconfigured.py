@@ -142,7 +142,17 @@ def _found(cause: Reading, text: str, step: int, rates: Rates, severity: Severit
     last = Reading(int(rates.steps[-1]), "learning_rate", float(rates.values[-1]), source=cause.source)
     evidence = (Evidence(last, rates.peak, "last learning_rate"), *((Evidence(cause),) if cause.signal != "learning_rate" else ()))
     source = cause.note.get("called") or cause.source if "per epoch" in text else cause.source
-    return Diagnosis(text + ".", evidence, severity, step, cause.where, source, "confirmed" if cause.where else "likely")
+    return Diagnosis(
+        summary=text + ".",
+        evidence=evidence,
+        severity=severity,
+        step=step,
+        where=cause.where,
+        source=source,
+        certainty="confirmed" if cause.where else "likely",
+        # Steps uphill, and a rate that comes back when nothing expects it, throw the run back.
+        explains=("exploding-gradients", "learning-rate-too-high", "loss-spike") if "below zero" in text or "rises" in text else (),
+    )
 
 
 def inject(case: Any) -> Any:
