@@ -52,6 +52,29 @@ def test_regression_gain_is_the_difference_of_squares() -> None:
     assert rolled == pytest.approx(gain)
 
 
+def test_binary_gain_is_the_logit() -> None:
+    targets = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    gain, _ = gains(call("binary_cross_entropy_with_logits", 3.0 * (2 * targets - 1), targets), 4, 1)  # type: ignore[misc]
+    assert gain == pytest.approx([3.0] * 4)
+
+
+def test_scoring_again_is_no_loss_of_the_scripts() -> None:
+    """What the probe computes itself must not come back to it through the watched functions."""
+    seen = []
+    targets = torch.tensor([[0.0], [1.0], [0.0], [3.0]])
+    regression = call("mse_loss", targets.clone(), targets)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mse_loss", "cross_entropy", "l1_loss", "binary_cross_entropy_with_logits"):
+            patch.setattr(F, name, lambda *_: seen.append(1))
+        assert gains(regression, 4, 1) is not None
+    assert not seen
+
+
+def test_minus_zero_marks_a_row_as_zero_does() -> None:
+    marks = row_marks([torch.tensor([[0.0, 0.0], [-0.0, 0.0]])], 2, 2)
+    assert marks[0] == marks[1]
+
+
 def test_places_in_the_batch_and_equal_targets_are_not_judged() -> None:
     assert gains(call("cross_entropy", torch.randn(6, 6), torch.arange(6)), 6, 1) is None
     assert gains(call("cross_entropy", torch.randn(6, 3), torch.ones(6, dtype=torch.long)), 6, 1) is None

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,12 +28,27 @@ SIGNALS = ("pairing_gain", "input_conflicts", "input_dependence")
 SHARE = 0.003  # of the run's time
 FIRST = 0.02  # seconds: some dozens of looks, so that a run of seconds is seen as well
 _CLASSIFYING = ("cross_entropy", "nll_loss")
-_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
-    "mse_loss": F.mse_loss,
-    "l1_loss": F.l1_loss,
-    "smooth_l1_loss": F.smooth_l1_loss,
-    "huber_loss": F.huber_loss,
-    "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
+
+
+def _squares(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target) ** 2
+
+
+def _distances(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).abs()
+
+
+def _logistic(logit: Tensor, target: Tensor) -> Tensor:
+    return logit.clamp(min=0) - logit * target + (-logit.abs()).exp().log1p()
+
+
+# Written out, since torch's own functions are watched, and a call from here would count as one of the script's.
+_ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse_loss": _squares,
+    "l1_loss": _distances,
+    "smooth_l1_loss": _distances,
+    "huber_loss": _distances,
+    "binary_cross_entropy_with_logits": _logistic,
 }
 _MAX_ELEMENTS = 1 << 17  # of the outputs scored again in one look
 _MAX_MARKS = 1 << 16  # rows remembered
@@ -205,7 +219,7 @@ def gains(call: LossCall, count: int, width: int) -> tuple[NDArray[np.float64], 
         few = min(count, max(_FEWEST_ROWS, _MAX_ELEMENTS // width))
         outputs, wanted = (part.detach().reshape(count, width)[:few].float() for part in (logits, targets))
         other = wanted.roll(1, 0)
-        true, moved = (_ELEMENTWISE[call.name](outputs, ids, reduction="none") for ids in (wanted, other))
+        true, moved = (_ELEMENTWISE[call.name](outputs, ids) for ids in (wanted, other))
         counted, different = torch.ones_like(wanted, dtype=torch.bool), wanted != other
     else:
         return None
@@ -242,7 +256,8 @@ def row_marks(inputs: list[Tensor], count: int, few: int) -> list[int]:
         if not rows.shape[1]:
             continue
         stride = max(1, rows.shape[1] * rows.element_size() // _MARKED)
-        taken = rows[:, ::stride].contiguous().view(torch.uint8).numpy()
+        taken = rows[:, ::stride]
+        taken = (taken + 0.0 if taken.is_floating_point() else taken).contiguous()  # -0.0 is 0.0.view(torch.uint8).numpy()
         if len(whole) == count:
             columns.append(taken)
         else:

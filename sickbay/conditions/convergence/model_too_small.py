@@ -55,10 +55,10 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
 
 
 def inject(case: Any) -> Any:
-    """One block of width 2: next to nothing passes from one position to the next."""
+    """One block of width 8: next to nothing passes from one position to the next."""
     import dataclasses
 
-    tiny = dataclasses.replace(case.config, dim=2, num_layers=1, num_heads=1)
+    tiny = dataclasses.replace(case.config, dim=8, num_layers=1, num_heads=1)
     return case.but(config=tiny, steps=max(case.steps, 400), learning_rate=10 * case.learning_rate)
 
 
@@ -68,5 +68,6 @@ condition = Condition(
     needs=("train_loss", "validation_loss", "ngram_loss"),
     diagnose=diagnose,
     prescribes=("grow-model",),
+    leads_to=("undertrained-model", "loss-plateau"),
     inject=inject,
 )
