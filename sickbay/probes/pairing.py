@@ -256,8 +256,9 @@ def row_marks(inputs: list[Tensor], count: int, few: int) -> list[int]:
         if not rows.shape[1]:
             continue
         stride = max(1, rows.shape[1] * rows.element_size() // _MARKED)
-        taken = rows[:, ::stride]
-        taken = (taken + 0.0 if taken.is_floating_point() else taken).contiguous()  # -0.0 is 0.0.view(torch.uint8).numpy()
+        part = rows[:, ::stride]
+        part = part + 0.0 if part.is_floating_point() else part  # -0.0 is 0.0
+        taken = part.contiguous().view(torch.uint8).numpy()
         if len(whole) == count:
             columns.append(taken)
         else:
