@@ -180,7 +180,7 @@ def _clones(weights: list[Weight], named: dict[int, str]) -> Iterator[dict[str, 
         gradient = gradient.detach()
         alike = any(_all_same(value, dim) and _all_same(gradient, dim) for dim in (0, 1))
         zero, constant = not bool(value.any()), bool((value == value[0, 0]).all())
-        note: dict[str, Any] = {"value": value.flatten()[0].item(), "zero": zero, "constant": constant}
+        note: dict[str, Any] = {"entry": value.flatten()[0].item(), "zero": zero, "constant": constant}
         note |= {"no_gradient": not bool(gradient.any()), "shape": list(value.shape)}
         yield {"signal": "clone_units", "value": float(alike), "where": named[id(weight)], "note": note}
 

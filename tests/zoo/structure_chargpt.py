@@ -120,13 +120,12 @@ if args.init == "resumed":
     state = model.state_dict()
     for key, value in state.items():
         if value.dim() == 2 and value.shape[1] == W and not key.startswith("pos"):
-            state[key] = (
-                value + 3.0 * direction[: value.shape[0]] if value.shape[0] <= W else value + 0.5 * direction.repeat(4, 1)[: value.shape[0]]
-            )
+            learned = 3.0 * direction if value.shape[0] <= W else 0.5 * direction.repeat(4, 1)
+            state[key] = value + learned[: value.shape[0]]
     state["score.weight"] = state["score.weight"] * 20
     model.load_state_dict(state)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for step in range(args.steps):
+for _ in range(args.steps):
     at = torch.randint(0, len(text) - CTX - 1, (16,))
     x = torch.stack([text[i : i + CTX] for i in at])
     y = torch.stack([text[i + 1 : i + 1 + CTX] for i in at])

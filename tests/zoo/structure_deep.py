@@ -63,7 +63,7 @@ class Net(nn.Module):
 
 net = Net()
 opt = torch.optim.Adam(net.parameters(), lr=1e-3)
-for step in range(40):
+for _ in range(40):
     kinds = torch.randint(0, 3, (48,))
     x = torch.randn(48, 5, 8) + F.one_hot(kinds, 8).float().unsqueeze(1)
     loss = F.cross_entropy(net(x), kinds)

@@ -81,7 +81,7 @@ def _clones(chart: Chart) -> Found | None:
         group, certain = stuck, "and get the same gradient: they stay alike whatever the optimizer does"
     else:
         return None
-    value = number(float(group[0].note.get("value") or 0))
+    value = number(float(group[0].note.get("entry") or 0))
     start = f"{len(group)} of {len(last)} weight matrices, {group[0].where} first, have units that are all alike ({value} each), {certain}."
     return start, group[0], 0.0, "critical"
 
