@@ -78,16 +78,30 @@ def run(case: Case, out: Path) -> Result:
     command = [sys.executable, "-m", *program]
     if case.launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *program]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SICKBAY", "RANK", "WORLD_SIZE", "TORCHELASTIC", "PYTEST"))}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     try:
-        done = subprocess.run(command, cwd=out.parent, capture_output=True, env=environment, timeout=LIMIT)
+        done = subprocess.run(command, cwd=out.parent, capture_output=True, env=environment(), timeout=LIMIT)
         report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, subprocess.TimeoutExpired) as problem:
         return Result(case, problem=f"{type(problem).__name__}: {problem}"[:200])
     found = [(d["condition"], d["severity"], d["summary"]) for d in report["diagnoses"]]
     problem = "" if done.returncode == case.code else f"exit code {done.returncode}: " + done.stderr.decode(errors="replace")[-600:]
     return Result(case, found, problem)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment in which the checkout's sickbay is found and nothing of a launcher is left."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SICKBAY", "RANK", "WORLD_SIZE", "TORCHELASTIC", "PYTEST"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def show(result: Result) -> None:
+    """One line on stdout, and what was wanted and said where the result is not right."""
+    shown = "; ".join(f"{condition} ({severity})" for condition, severity, _ in result.found[:4])
+    print(f"{'ok ' if result.right else 'BAD'} {result.case.name:58} {shown or '-'}", flush=True)
+    if not result.right:
+        print(f"      wanted {result.case.expected or 'nothing'}  {result.problem}")
+        for condition, _, summary in result.found[:3]:
+            print(f"      {condition}: {summary[:200]}", flush=True)
 
 
 def main() -> int:
@@ -104,12 +118,7 @@ def main() -> int:
         results = []
         for result in pool.map(run, chosen, outs):
             results.append(result)
-            shown = "; ".join(f"{condition} ({severity})" for condition, severity, _ in result.found[:4])
-            print(f"{'ok ' if result.right else 'BAD'} {result.case.name:58} {shown or '-'}", flush=True)
-            if not result.right:
-                print(f"      wanted {result.case.expected or 'nothing'}  {result.problem}")
-                for condition, _, summary in result.found[:3]:
-                    print(f"      {condition}: {summary[:200]}", flush=True)
+            show(result)
     sick, healthy = [r for r in results if r.case.expected], [r for r in results if not r.case.expected]
     print(f"sick {len(sick)}: top-1 {sum(r.first(1) for r in sick)}, top-3 {sum(r.first(3) for r in sick)}, ", end="")
     print(f"wrong alarms in {sum(bool(r.alarms) for r in sick)}")
