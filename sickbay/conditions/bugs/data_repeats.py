@@ -89,6 +89,6 @@ condition = Condition(
     needs=("batch_repeat",),
     diagnose=diagnose,
     prescribes=("shuffle-data",),
-    leads_to=("repetitive-generation", "incoherent-generation"),
+    leads_to=("overfitting", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )
