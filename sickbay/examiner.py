@@ -37,6 +37,7 @@ EXAMS: tuple[str, ...] = (
     "generation_path",
     "broadcasts",
     "custom_backward",
+    "settings",
     "memory_parts",
 )
 
