@@ -147,6 +147,7 @@ def data_lines(stretch: Stretch, loss_source: str) -> set[Place]:
             if isinstance(statement, (ast.For, ast.AsyncFor)):
                 if not _counts(statement.iter):
                     found.add(place)
+                    needed |= _loads(statement)
             elif needed & _targets(statement):
                 found.add(place)
                 needed |= _loads(statement)
@@ -221,7 +222,11 @@ def _loads(statement: ast.stmt | None) -> set[str]:
 def _targets(statement: ast.stmt | None) -> set[str]:
     """The names that `statement` gives a value to; of `a[i] = x`, `a`."""
     names = set()
-    for node in _header(statement):
+    nodes = _header(statement)
+    of_comprehensions = {id(inner) for node in nodes if isinstance(node, ast.comprehension) for inner in ast.walk(node.target)}
+    for node in nodes:
+        if id(node) in of_comprehensions:
+            continue
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
             names.add(_dotted(node))
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):

@@ -28,9 +28,10 @@ from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, Threshold
 
 LOOP = Threshold(
-    0.2, "share of step time", source="a fifth: as the wait for data that is worth a cure; one call was measured in place of the loop"
+    0.15, "share of step time", source="measured on the forward alone: the backward of a loop, not counted, costs more than itself"
 )
-WIDE = Threshold(0.2, "share of step time", source="a fifth: overhead-bound models gain less from float32, as measured in the same process")
+WIDE = Threshold(0.3, "share of step time", source="calibration: a model bound by the fixed cost of calls gains up to 0.22 from float32")
+WORTH = Threshold(0.01, "seconds", source="a pass of a hundredth of a second: below it the fixed cost of calls is most of it")
 ATTENTION = Threshold(
     0.4, "share of step time", source="attention written out is a choice where rows are short; here it is most of the step"
 )
@@ -41,7 +42,10 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     found = [
         (reading, limit)
         for signal, limit in (("loop_gain", LOOP), ("broadcast_gain", LOOP), ("float64_gain", WIDE), ("attention_gain", ATTENTION))
-        if (reading := chart[signal].worst()) is not None and reading.value >= limit and not reading.note.get("per_row")
+        if (reading := chart[signal].worst()) is not None
+        and reading.value >= limit
+        and not reading.note.get("per_row")
+        and reading.note.get("seconds64", WORTH) >= WORTH
     ]
     if not found:
         return None

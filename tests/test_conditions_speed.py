@@ -1,0 +1,253 @@
+"""The speed chapter: what each condition says of a chart, what the probe times, and what the copy measures on models known by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from charts import chart
+from torch import Tensor, nn
+
+from sickbay.core.chart import Chart, Reading
+from sickbay.core.condition import checkup
+from sickbay.core.diagnosis import Diagnosis
+from sickbay.exams import copies, loops, op_profile, products
+from sickbay.exams.speed import repeated
+from sickbay.patient import ForwardCall
+from sickbay.probes.phases import Step
+from sickbay.probes.statements import Stretch, data_lines, idle_copies
+from sickbay.registry import conditions
+
+LOOP = {"count": 64, "width": 32, "operation": "bmm", "loop_seconds": 0.1, "batched_seconds": 0.01, "per_row": False}
+WAIT = {"seconds": 0.03, "step_seconds": 0.1, "loader": True, "workers": 0, "dataset": "Rows", "idle": 0.1, "steps": 40}
+SINGLE = {"saved": 0.6, "gain": 5.0, "shape": [1, 24], "same_storage": True}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the copy that questions are asked in: threads that spin would count as work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def reading(signal: str, value: float, **note: Any) -> Reading:
+    return Reading(6, signal, value, note=note, source="train.py:12")
+
+
+def found(id_: str, *readings: Reading) -> Diagnosis | None:
+    seen: dict[str, list[Reading]] = {}
+    for each in readings:
+        seen.setdefault(each.signal, []).append(each)
+    return next(iter(checkup(chart(**seen), [conditions()[id_]]).diagnoses), None)
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.6, True), (0.15, True), (0.149, False), (0.0, False)])
+def test_slow_matmul_from_a_fifth_of_the_step(gain: float, expected: bool) -> None:
+    assert (found("slow-matmul", reading("loop_gain", gain, **LOOP)) is not None) is expected
+
+
+def test_slow_matmul_names_the_largest_saving() -> None:
+    loop, wide = reading("loop_gain", 0.25, **LOOP), reading("float64_gain", 0.5, seconds64=0.2, seconds32=0.1, elements=1000)
+    diagnosis = found("slow-matmul", loop, wide)
+    assert diagnosis is not None and "float64" in diagnosis.summary and "50%" in diagnosis.summary
+    assert diagnosis.source == "train.py:12"
+
+
+def test_attention_written_out_is_an_alarm_only_where_it_is_most_of_the_step() -> None:
+    note = {"shape": [4, 16, 16], "count": 2, "seconds": 0.02, "fused_seconds": 0.01}
+    rest = reading("loop_gain", 0.0)
+    assert found("slow-matmul", rest, reading("attention_gain", 0.3, **note)) is None
+    assert found("slow-matmul", rest, reading("attention_gain", 0.5, **note)) is not None
+
+
+def test_a_loop_over_the_rows_is_unbatched_forward_and_not_slow_matmul() -> None:
+    loop = reading("loop_gain", 0.5, **{**LOOP, "per_row": True})
+    assert found("slow-matmul", loop) is None
+    assert found("unbatched-forward", reading("step_seconds", 0.1), loop) is not None
+
+
+def test_unbatched_forward_alarms_only_where_the_rows_lie_together() -> None:
+    step = reading("step_seconds", 0.1)
+    together = found("unbatched-forward", step, reading("single_forwards", 16, **SINGLE))
+    apart = found("unbatched-forward", step, reading("single_forwards", 16, **{**SINGLE, "same_storage": False}))
+    little = found("unbatched-forward", step, reading("single_forwards", 16, **{**SINGLE, "saved": 0.39}))
+    assert together is not None and together.severity == "warning"
+    assert apart is not None and apart.severity == "note"
+    assert little is None
+
+
+def test_needless_copies_adds_up_both_kinds() -> None:
+    inside = reading("copy_share", 0.05, kinds={"clone": 3, "cast": 1}, count=4)
+    beside = reading("idle_copies", 0.05)
+    step = reading("step_seconds", 0.1)
+    assert found("needless-copies", step, inside) is None
+    diagnosis = found("needless-copies", step, inside, beside)
+    assert diagnosis is not None and "3 clones and 1 cast in" in diagnosis.summary
+
+
+def test_data_bottleneck_needs_a_share_a_length_and_steps() -> None:
+    assert found("data-bottleneck", reading("data_wait", 0.3, **WAIT)) is not None
+    assert found("data-bottleneck", reading("data_wait", 0.19, **WAIT)) is None
+    assert found("data-bottleneck", reading("data_wait", 0.6, **{**WAIT, "seconds": 0.002})) is None
+    short = checkup(Chart([reading("data_wait", 0.3, **{**WAIT, "steps": 9})]), [conditions()["data-bottleneck"]])
+    assert "9 steps" in short.unexamined["data-bottleneck"]
+
+
+@pytest.mark.parametrize(
+    ("note", "said"),
+    [
+        ({"workers": 2}, "2 workers that do not keep up"),
+        ({"idle": 0.9}, "waits"),
+        ({"loader": False}, "between the steps"),
+        ({}, "computes"),
+    ],
+)
+def test_data_bottleneck_says_who_makes_the_batch(note: dict[str, Any], said: str) -> None:
+    diagnosis = found("data-bottleneck", reading("data_wait", 0.3, **{**WAIT, **note}))
+    assert diagnosis is not None and said in diagnosis.summary
+
+
+def test_small_batch_is_a_note_from_three_times_the_rows() -> None:
+    note = {"rows": 2, "knee": 8, "curve": {"2": 100.0, "8": 350.0}}
+    diagnosis = found("small-batch", reading("throughput_gain", 3.5, **note))
+    assert diagnosis is not None and diagnosis.severity == "note" and "2: 100, 8: 350" in diagnosis.summary
+    assert found("small-batch", reading("throughput_gain", 2.9, **note)) is None
+
+
+# --- the probe's arithmetic -----------------------------------------------------------------------------------------------
+def test_a_stretch_idles_only_beyond_what_a_busy_machine_explains() -> None:
+    busy = Step(wall=1.0, cpu=0.25, loader=0.2, loader_cpu=0.05)  # everything takes four times longer than it computes
+    assert busy.slowed() == pytest.approx(4.0)
+    assert busy.idled(busy.loader, busy.loader_cpu) == 0.0
+    waiting = Step(wall=1.0, cpu=0.51, loader=0.5, loader_cpu=0.01)
+    assert waiting.idled(waiting.loader, waiting.loader_cpu) == pytest.approx(0.49)
+
+
+SCRIPT = """\
+def rule(n):
+    return n
+
+while True:
+    rows = rule(3)
+    ids = rows + 1
+    unread = [w.clone() for w in weights]
+    kept = [w.clone() for w in weights]
+    print(kept)
+    out = model(ids)
+for x, y in stream():
+    model(x)
+for step in range(3):
+    model(x)
+"""
+
+
+def stretch(folder: Path, lines: list[int], at: int) -> Stretch:
+    file = folder / "script.py"
+    file.write_text(SCRIPT)
+    spent = {(str(file), "<module>", line): 0.1 for line in lines}
+    return Stretch(spent, [(str(file), "<module>", at)])
+
+
+def test_lines_whose_results_reach_the_model_make_the_batch(tmp_path: Path) -> None:
+    seen = stretch(tmp_path, [5, 6, 7, 8, 9], 10)
+    assert {line for _, _, line in data_lines(seen, "")} == {5, 6}
+    assert {line for _, _, line in idle_copies(seen)} == {7}
+
+
+def test_a_loop_over_a_stream_makes_batches_and_one_that_counts_does_not(tmp_path: Path) -> None:
+    assert {line for _, _, line in data_lines(stretch(tmp_path, [11], 12), "")} == {11}
+    assert data_lines(stretch(tmp_path, [13], 14), "") == set()
+
+
+# --- what the copy measures -----------------------------------------------------------------------------------------------
+class Model(nn.Module):
+    """Applies `body(self, x)` to its input; one weight `(8, 8)`."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(self, x)
+        return out
+
+
+def call(body: Any, *shape: int) -> ForwardCall:
+    draw = torch.Generator().manual_seed(0)
+    return ForwardCall(Model(body), (torch.randn(shape, generator=draw),), {}, True, True, torch.get_rng_state(), "")
+
+
+def profiled(call: ForwardCall) -> op_profile.Profile:
+    """The second profile: an operation's first call loads its kernel."""
+    op_profile.profile(call)
+    return op_profile.profile(call)
+
+
+def by_position(model: Model, x: Tensor) -> Tensor:
+    return torch.stack([x[t] @ model.weight for t in range(len(x))])
+
+
+def recurrent(model: Model, x: Tensor) -> Tensor:
+    state = torch.zeros_like(x[0])
+    for t in range(len(x)):
+        state = torch.tanh((state + x[t]) @ model.weight)
+    return state
+
+
+def test_a_loop_over_positions_can_be_batched_and_a_recurrence_cannot() -> None:
+    wide = profiled(call(by_position, 64, 4, 8))
+    (found_,) = loops.examine(wide, 64, 0.0, 2.0)
+    assert found_["note"]["count"] == found_["note"]["width"] == 64
+    assert found_["note"]["per_row"] and 0 < found_["value"] < 1
+    assert found_["source"].endswith(f"test_conditions_speed.py:{by_position.__code__.co_firstlineno + 1}")
+    assert loops.examine(profiled(call(recurrent, 64, 4, 8)), 4, 0.0, 2.0) == []
+
+
+def test_copies_that_change_nothing_are_found_and_those_written_to_are_not() -> None:
+    def copied(model: Model, x: Tensor) -> Tensor:
+        for _ in range(6):
+            x = x.clone().double().float()
+        return x @ model.weight
+
+    def written(model: Model, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[0] = 0.0
+        return (x + y) @ model.weight
+
+    sick, healthy = call(copied, 4096, 8), call(written, 4096, 8)
+    (found_,) = copies.examine(sick, profiled(sick))
+    assert found_["note"]["kinds"] == {"clone": 6, "cast": 12}
+    assert copies.examine(healthy, profiled(healthy)) == []
+
+
+def test_checks_that_only_python_reads_are_counted_and_results_are_not() -> None:
+    def checked(model: Model, x: Tensor) -> Tensor:
+        for _ in range(8):
+            assert not x.isnan().any().item()
+        return x.abs() @ model.weight
+
+    seen = call(checked, 4096, 8)
+    (found_,) = copies.examine(seen, profiled(seen))
+    assert set(found_["note"]["kinds"]) == {"check"}
+
+
+def test_a_product_by_broadcasting_is_compared_with_the_matrix_product() -> None:
+    def broadcast(model: Model, x: Tensor) -> Tensor:
+        return (x[:, :, None, :] * x[:, None, :, :]).sum(-1) @ torch.ones(32, 8) @ model.weight
+
+    (found_,) = products.examine(profiled(call(broadcast, 4, 32, 64)), 1.0)
+    assert found_["signal"] == "broadcast_gain" and found_["note"]["shape"] == [4, 32, 32, 64]
+    assert found_["note"]["product_seconds"] < found_["note"]["seconds"]
+
+
+def test_rows_are_repeated_wherever_they_are() -> None:
+    batch = {"ids": torch.zeros(2, 3), "mask": [torch.ones(2)], "table": torch.zeros(5, 2), "name": "x"}
+    bigger = repeated(batch, 4, 2)
+    assert bigger["ids"].shape == (8, 3) and bigger["mask"][0].shape == (8,)
+    assert bigger["table"].shape == (5, 2) and bigger["name"] == "x"
