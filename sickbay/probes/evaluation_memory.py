@@ -21,7 +21,7 @@ _FEWEST = 4  # forwards without a backward: two or three belong to losses that c
 _MOST = 512
 _NODES = 100_000
 _WORTH = 8 << 20  # bytes of outputs below which it does not matter that they are kept
-_OUTPUTS = 8
+_OUTPUTS = 3
 
 
 class _Forward:

@@ -26,7 +26,7 @@ DUE = 10  # earlier steps whose graphs are all alive: nothing that a loop needs 
 _REMEMBERED = 256
 _RECENT = 2  # steps: the variables of the loop still hold the last step's loss until they are assigned anew
 _FIRST_READINGS = 4
-_OUTPUTS = 8  # tensors of one output that are followed
+_OUTPUTS = 3  # tensors of one output that are followed
 _DEEP_EVERY = 2  # steps between marks at a graph's beginning, which whatever is kept of its middle keeps as well
 _HOPS = 1000
 _WINDOW = 5  # steps whose median memory is one point of the trend
@@ -53,7 +53,7 @@ class Retention:
         self.patient, self.record, self.loop = patient, record, loop
         self._marks: deque[weakref.ref[Mark]] = deque(maxlen=_REMEMBERED)
         self._outputs: deque[tuple[int, int, StorageWeakRef]] = deque(maxlen=_REMEMBERED)
-        self._resident: deque[int] = deque(maxlen=3 * _WINDOW)
+        self._resident: deque[tuple[int, int]] = deque(maxlen=3 * _WINDOW)
         self._rounds = 0
         self._told_graphs = 0
         self._last = -1
@@ -96,7 +96,8 @@ class Retention:
         if kept >= max(DUE, 4 * self._told_graphs) and self._unbroken(marks, step):
             self._told_graphs = kept
             self.loop.emit("graphs_kept", [weakref.ref(mark) for mark in marks])
-        self._watch_memory(step)
+        if not self.loop.pace.resting:
+            self._watch_memory(step)
 
     def alive(self, step: int) -> list[Mark]:
         """The marks of graphs that are older than the step before `step` and still there; the dead are forgotten."""
@@ -126,15 +127,16 @@ class Retention:
         self.record.read("resident_memory", resident)
         if self._rounds <= _SETTLED:
             return
-        self._resident.append(resident)
-        if len(self._resident) == 3 * _WINDOW and self._rounds % _WINDOW == 0:
-            values = list(self._resident)
+        self._resident.append((self._rounds, resident))
+        if len(self._resident) == 3 * _WINDOW and (self.loop.pace.every > 1 or self._rounds % _WINDOW == 0):
+            values = [size for _, size in self._resident]
+            rounds = self._resident[-1][0] - self._resident[0][0] + 1
             first, second, third = (statistics.median(values[i : i + _WINDOW]) for i in range(0, 3 * _WINDOW, _WINDOW))
             smaller, larger = sorted((second - first, third - second))
             if smaller >= _EVEN * larger and third - first >= _GROWTH:
                 steps, size = self.kept_outputs(step)
                 self.record.read("kept_outputs", size, note={"steps": steps})
-                self.loop.emit("memory_grows", (third - first) / (2 * _WINDOW))
+                self.loop.emit("memory_grows", 1.5 * (third - first) / rounds)
 
     def _resident_bytes(self) -> int:
         """Bytes of the device's allocator where there is one in use, else of the process; 0 where neither can be told."""
@@ -154,12 +156,12 @@ class Retention:
 
 
 def _beginning(node: Any) -> Any:
-    """The node that `node`'s graph begins with, along first operands: in a residual network a few hops a block."""
+    """The node that `node`'s graph begins with, always along the oldest operand: in a residual network two hops a block."""
     for _ in range(_HOPS):
-        following = next((one for one, _ in node.next_functions if one is not None and one.next_functions), None)
-        if following is None:
+        following = [one for one, _ in node.next_functions if one is not None and one.next_functions]
+        if not following:
             break
-        node = following
+        node = following[0] if len(following) == 1 else min(following, key=lambda one: int(one._sequence_nr()))
     return node
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.core.record import RecordWriter
-from sickbay.patient import ForwardCall, LossCall, Patient, bare, tensors_in
+from sickbay.patient import ForwardCall, Patient, bare, tensors_in
 from sickbay.probes.gradients import clean
 from sickbay.probes.loop import Loop
 
@@ -19,6 +19,8 @@ SIGNALS = ("vocabulary_used",)
 _ROWS = 512  # fewer rows are no burden
 _MOST_ROWS = 4_000_000
 _FIRST = 4  # steps until the first count; it doubles from there on
+_ALL = 16  # first steps, all of which are counted
+_EVERY = 4  # steps between counts after them
 _WHOLE = (torch.int64, torch.int32)
 
 
@@ -40,7 +42,7 @@ class Vocabulary:
         self._before = 0
 
     def forward_end(self, call: ForwardCall, output: Any) -> None:
-        if not call.grad_enabled:
+        if not call.grad_enabled or (self._steps >= _ALL and self._steps % _EVERY):
             return
         if self._root is None or self._root() is not call.module:
             if self._root is not None and self._root() is not None and self._tokens:
@@ -50,10 +52,6 @@ class Vocabulary:
         if self._rows:
             for _, tensor in tensors_in((call.args, call.kwargs)):
                 self._count(tensor)
-
-    def loss(self, call: LossCall) -> None:
-        if self._rows and call.grad_enabled and call.logits.dim() > 1 and call.logits.shape[1] == self._rows:
-            self._count(call.targets)
 
     def _choose(self, root: nn.Module) -> None:
         tables = [(name, part) for name, part in root.named_modules() if isinstance(part, nn.Embedding)]
@@ -106,7 +104,7 @@ class Vocabulary:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on the ids in the data are counted."""
     probe = Vocabulary(patient, record, loop)
-    for event in ("forward_end", "loss", "round_end"):
+    for event in ("forward_end", "round_end"):
         loop.on(event, probe, getattr(probe, event))
     loop.rests(probe)
     return lambda: None

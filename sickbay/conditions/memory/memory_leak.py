@@ -35,7 +35,7 @@ RESET = Threshold(
     30, "steps", source="a running mean that is reset for the log every 10 or 20 steps keeps fewer: a bounded cost, not a leak"
 )
 MINE = Threshold(0.5, "share of growth", source="a container explains the growth of memory when it gained at least half of it")
-MEBIBYTE = 1 << 20
+MEBIBYTE = 1 << 20  # bytes
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
