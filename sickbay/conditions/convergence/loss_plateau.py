@@ -58,11 +58,13 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     guesses = _guesses(chart)
     if not guesses or not _flat(kept):
         return None if guesses else NotExamined("what guessing would give is not known for this loss")
+    counted = median([r.value for r in chart["ngram_loss"]][-SMOOTH:])
+    if counted >= (1 - AT_GUESS) * min(guesses.values()):
+        return NotExamined("counting tokens predicts them no better than guessing: there may be nothing to learn in them")
     for how, guess in guesses.items():
         if abs(level / guess - 1) <= AT_GUESS and lowest > (1 - 2 * AT_GUESS) * guess:
             text = f"after {len(losses)} steps the loss is {number(level)}, that of {how} ({number(guess)}), and it is not falling."
             return Diagnosis(text, (Evidence(kept[-1], guess),), "warning", kept[0].step, source=kept[-1].source, certainty="suspected")
-    counted = median([r.value for r in chart["ngram_loss"]][-SMOOTH:])
     if level > ABOVE * counted:
         text = f"the loss stands at {number(level)}, though counting pairs and triples of tokens gives {number(counted)}."
         return Diagnosis(text, (Evidence(kept[-1], counted),), "note", kept[-END].step, source=kept[-1].source, certainty="suspected")
