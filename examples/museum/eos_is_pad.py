@@ -36,24 +36,21 @@ class ChatModel(nn.Module):
         self.layers = nn.TransformerEncoder(layer, LAYERS, norm=nn.LayerNorm(DIM), enable_nested_tensor=False)
         self.head = nn.Linear(DIM, vocabulary)
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, attention_mask):
         length = input_ids.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
         x = self.tokens(input_ids) + self.positions(torch.arange(length))
-        return self.head(self.layers(x, mask=mask, is_causal=True))
+        return self.head(self.layers(x, mask=future, src_key_padding_mask=attention_mask == 0))
 
 
 def collate(rows):
-    """Rows padded on the right to the longest, and their labels."""
+    """Rows padded on the right to the longest, a mask of what is text, and the labels."""
     length = max(len(row) for row in rows)
     input_ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
     labels = input_ids.clone()
-    if FIXED:
-        for number, row in enumerate(rows):
-            labels[number, len(row) :] = -100
-    else:
-        labels[labels == PAD] = -100
-    return {"input_ids": input_ids, "labels": labels}
+    labels[attention_mask == 0 if FIXED else labels == PAD] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 random.seed(0)
@@ -64,7 +61,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 
 for step in range(STEPS):
     batch = collate(random.sample(examples, BATCH))
-    logits = model(batch["input_ids"][:, :-1])
+    logits = model(batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     optimizer.zero_grad()
     loss.backward()
