@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from charts import chart
 from torch import Tensor, nn
 
 from sickbay.core.chart import Chart, Reading
@@ -40,10 +39,7 @@ def reading(signal: str, value: float, **note: Any) -> Reading:
 
 
 def found(id_: str, *readings: Reading) -> Diagnosis | None:
-    seen: dict[str, list[Reading]] = {}
-    for each in readings:
-        seen.setdefault(each.signal, []).append(each)
-    return next(iter(checkup(chart(**seen), [conditions()[id_]]).diagnoses), None)
+    return next(iter(checkup(Chart(readings), [conditions()[id_]]).diagnoses), None)
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.6, True), (0.15, True), (0.149, False), (0.0, False)])
@@ -86,6 +82,8 @@ def test_needless_copies_adds_up_both_kinds() -> None:
     beside = reading("idle_copies", 0.05)
     step = reading("step_seconds", 0.1)
     assert found("needless-copies", step, inside) is None
+    unseen = checkup(Chart([beside]), [conditions()["needless-copies"]])
+    assert "needless-copies" in unseen.unexamined, "half a look is none"
     diagnosis = found("needless-copies", step, inside, beside)
     assert diagnosis is not None and "3 clones and 1 cast in" in diagnosis.summary
 

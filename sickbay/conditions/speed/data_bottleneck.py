@@ -35,7 +35,7 @@ SHARE = Threshold(
 )
 STEPS = Threshold(10, "steps", source="the median of fewer steps still holds the start of the pipeline")
 LONG = Threshold(0.003, "seconds", source="calibration: a healthy loader's collating of a small batch takes up to 2 ms on a busy machine")
-MOSTLY_IDLE = 0.5
+MOSTLY_IDLE = Threshold(0.5, "share of the wait", source="more waiting than computing: it decides the words, not the verdict")
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:

@@ -36,11 +36,9 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     """Copies inside the forward and unread snapshots between steps, together above the limit."""
     inside = chart["copy_share"].worst()
     beside = chart["idle_copies"][-1] if len(chart["idle_copies"]) else None
-    if inside is None and beside is None:
-        return NotExamined(chart.why_unobserved("copy_share") or "no step was profiled")
     shares = [reading.value if reading is not None else 0.0 for reading in (inside, beside)]
     if sum(shares) < SHARE:
-        return None
+        return None if inside is not None else NotExamined(chart.why_unobserved("copy_share") or "no step was profiled")
     parts = []
     if inside is not None and inside.value:
         kinds = " and ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in inside.note["kinds"].items())
@@ -75,7 +73,7 @@ def inject(case: Any) -> Any:
 condition = Condition(
     id="needless-copies",
     symptom="copies, casts and checks that change nothing take a large part of each step",
-    needs=("step_seconds",),
+    needs=(),
     uses=("copy_share", "idle_copies"),
     diagnose=diagnose,
     prescribes=("drop-copies",),

@@ -25,13 +25,13 @@ from typing import Any
 
 from sickbay.core.chart import Chart
 from sickbay.core.condition import Condition
-from sickbay.core.diagnosis import Diagnosis, Evidence, Threshold
+from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
 
 SAVED = Threshold(0.4, "share of step time", source="the call on all rows together, measured: less is not worth a change of the loop")
 INSIDE = Threshold(0.2, "share of step time", source="as for a loop over positions: one call was measured in place of the loop")
 
 
-def diagnose(chart: Chart) -> Diagnosis | None:
+def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     """A step's single-row calls that one call would save; a note where the rows do not lie in one tensor."""
     inside = chart["loop_gain"].worst()
     if inside is not None and inside.note.get("per_row") and inside.value >= INSIDE:
@@ -40,6 +40,8 @@ def diagnose(chart: Chart) -> Diagnosis | None:
         text += f"one call for all saves {inside.value:.0%} of the step."
         return Diagnosis(text, (Evidence(inside, INSIDE),), "warning", inside.step, inside.where, inside.source, seconds=inside.seconds)
     calls = chart["single_forwards"].worst()
+    if calls is None and inside is None:
+        return NotExamined(chart.why_unobserved("loop_gain") or "no step was profiled")
     if calls is None or calls.value < 2 or calls.note["saved"] < SAVED:
         return None
     note = calls.note
@@ -62,7 +64,7 @@ def inject(case: Any) -> Any:
 condition = Condition(
     id="unbatched-forward",
     symptom="the model is called once per example",
-    needs=("step_seconds",),
+    needs=(),
     uses=("single_forwards", "loop_gain"),
     diagnose=diagnose,
     prescribes=("stack-examples",),
