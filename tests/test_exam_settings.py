@@ -25,7 +25,8 @@ class Gated(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.drop(self.up(x)).view(len(x), self.heads, -1)
-        return (parts.softmax(-1) * parts).flatten(1)
+        mixed: torch.Tensor = (parts.softmax(-1) * parts).flatten(1)
+        return mixed
 
 
 def answer(honest: bool) -> list[dict[str, Any]] | str:
@@ -68,7 +69,7 @@ def test_a_library_s_class_and_a_class_of_many_arguments_are_not_built_anew() ->
 
 
 def test_the_verdict_names_every_setting() -> None:
-    readings = [read("setting_effect", 0.0, where="n_head", value=4, tried="2 or 1"), read("setting_effect", 1.0, where="dropout")]
+    readings = [read("setting_effect", 0.0, where="n_head", was=4, tried="2 or 1"), read("setting_effect", 1.0, where="dropout")]
     assert (
         "n_head has no effect: n_head 4 changed to 2 or 1"
         in found("setting-without-effect", chart(setting_effect=readings), "warning").summary

@@ -61,7 +61,7 @@ class Settings:
             return
         code = type(model).__init__.__code__
         for reading in answer:
-            note = {"value": reading["value"], "tried": reading["tried"]}
+            note = {"was": reading["value"], "tried": reading["tried"]}
             self.record.read("setting_effect", reading["changed"], reading["name"], note, f"{code.co_filename}:{code.co_firstlineno}")
 
 

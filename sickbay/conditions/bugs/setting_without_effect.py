@@ -40,7 +40,7 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     names = list(dict.fromkeys(r.where for r in without))
     text = f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect"
     return Diagnosis(
-        summary=f"{text}: {first.where} {first.note.get('value')} changed to {first.note.get('tried')} gives the same bits.",
+        summary=f"{text}: {first.where} {first.note.get('was')} changed to {first.note.get('tried')} gives the same bits.",
         evidence=(Evidence(first, NOTHING, label="trials with another result"),),
         severity="warning",
         step=first.step,
@@ -51,17 +51,17 @@ def diagnose(chart: Chart) -> Diagnosis | None:
 
 
 def inject(case: Any) -> Any:
-    """The model is built with the dropout and the number of heads of its own constants, whatever its configuration says."""
+    """The configuration asks for dropout, and the model is built without any."""
     import dataclasses
 
     from sickbay.reference.model import Config, Transformer
 
-    class FixedTransformer(Transformer):
+    class WithoutDropout(Transformer):
         def __init__(self, config: Config) -> None:
-            super().__init__(dataclasses.replace(config, num_heads=2))
+            super().__init__(dataclasses.replace(config, dropout=0.0))
             self.config = config
 
-    return case.but(build=lambda case: FixedTransformer(case.config))
+    return case.but(config=dataclasses.replace(case.config, dropout=0.1), build=lambda case: WithoutDropout(case.config))
 
 
 condition = Condition(
