@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,9 +69,8 @@ class StepSize:
         if seen.ratio is not None:
             ratio, seen.ratio = seen.ratio, None
             if self._affordable(seen):
-                began = time.process_time()
                 self._ask(optimizer, ratio)
-                seen.questions, seen.seconds = seen.questions + 1, max(seen.seconds, time.process_time() - began)
+                seen.questions, seen.seconds = seen.questions + 1, max(seen.seconds, self.asking.cost)
         self._given.clear()
         if seen.steps in _LOOKS:
             seen.before = [(weakref.ref(matrix), matrix.detach().clone()) for matrix in _matrices(optimizer)]
