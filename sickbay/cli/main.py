@@ -16,7 +16,9 @@ import sickbay
 from sickbay.core.errors import SickbayError, UsageError
 
 # name -> module; a command whose file is not there is not offered.
-COMMANDS = {name: f"sickbay.cli.{name}" for name in ("run", "checkup", "diagnose", "report", "train", "generate", "demo", "explain", "list", "plan")}
+COMMANDS = {
+    name: f"sickbay.cli.{name}" for name in ("run", "checkup", "diagnose", "report", "train", "generate", "demo", "explain", "list", "plan")
+}
 USAGE_EXIT = 2
 INTRODUCTION = (
     "Runs a PyTorch training script unchanged, watches it, and names what is wrong with the evidence, the source line and the cure."

@@ -65,7 +65,7 @@ def is_independent_noise(features: Matrix) -> bool:
     correlation = features.T @ features / count
     np.fill_diagonal(correlation, 0.0)
     mean_square = float((correlation**2).sum() / (columns * (columns - 1)))
-    return mean_square * count < 1 + _WIDE * float(np.sqrt(2 / max(1, columns * (columns - 1) // 2)))
+    return bool(mean_square * count < 1 + _WIDE * float(np.sqrt(2 / max(1, columns * (columns - 1) // 2))))
 
 
 def _standard(columns: Matrix) -> Matrix:
@@ -75,4 +75,5 @@ def _standard(columns: Matrix) -> Matrix:
         return columns[:, :0]
     spread = columns.std(axis=0)
     kept = spread > 1e-12 * (1.0 + np.abs(columns).max(axis=0))
-    return (columns[:, kept] - columns[:, kept].mean(axis=0)) / spread[kept]
+    standard: Matrix = (columns[:, kept] - columns[:, kept].mean(axis=0)) / spread[kept]
+    return standard

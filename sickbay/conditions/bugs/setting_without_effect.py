@@ -54,14 +54,14 @@ def inject(case: Any) -> Any:
     """The configuration asks for dropout, and the model is built without any."""
     import dataclasses
 
-    from sickbay.reference.model import Config, Transformer
+    build = case.build
 
-    class WithoutDropout(Transformer):
-        def __init__(self, config: Config) -> None:
-            super().__init__(dataclasses.replace(config, dropout=0.0))
-            self.config = config
+    def build_without_dropout(sick: Any) -> Any:
+        model = build(sick.but(config=dataclasses.replace(sick.config, dropout=0.0)))
+        model.config = sick.config
+        return model
 
-    return case.but(config=dataclasses.replace(case.config, dropout=0.1), build=lambda case: WithoutDropout(case.config))
+    return case.but(config=dataclasses.replace(case.config, dropout=0.1), build=build_without_dropout)
 
 
 condition = Condition(
