@@ -8,6 +8,7 @@ Each script is sick as it is and healthy with the word `fixed`. Its docstring sa
     Condition: ID              what must be named first in the sick one
     Also: ID, ID               consequences that may stand beside it (optional)
     Launch: torchrun           two processes (optional)
+    Exit: CODE                 the sick script's exit code, where it ends in an exception (optional)
     Checkup: SICK, FIXED       two functions of the script for `sickbay checkup`, instead of a run (optional)
 
 `--write` puts the table into RESULTS.md, `--readme` the list of cases into examples/museum/README.md (and runs nothing).
@@ -53,6 +54,7 @@ class Exhibit:
     threads: tuple[str, ...]
     launcher: str
     functions: tuple[str, ...]
+    code: int = 0
 
     @property
     def name(self) -> str:
@@ -66,7 +68,7 @@ class Exhibit:
         """The sick run, or that of the healthy twin, in which nothing may be found."""
         words = ["fixed"] if fixed else []
         expected = [] if fixed else [self.condition]
-        return zoo.Case(str(self.path), words, expected, [] if fixed else list(self.also), self.launcher)
+        return zoo.Case(str(self.path), words, expected, [] if fixed else list(self.also), self.launcher, 0 if fixed else self.code)
 
 
 def exhibits(folder: Path = MUSEUM) -> list[Exhibit]:
@@ -85,7 +87,8 @@ def read(path: Path) -> Exhibit:
         return tuple(word for line in lines(key) for word in re.split(r"[,\s]+", line))
 
     first = (*lines("Condition"), "")[0]
-    return Exhibit(path, doc, first, words("Also"), lines("Thread"), (*lines("Launch"), "python")[0], words("Checkup"))
+    launcher, code = (*lines("Launch"), "python")[0], (*lines("Exit"), "0")[0]
+    return Exhibit(path, doc, first, words("Also"), lines("Thread"), launcher, words("Checkup"), int(code))
 
 
 def run(exhibit: Exhibit, fixed: bool, out: Path) -> zoo.Result:

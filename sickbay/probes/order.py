@@ -21,6 +21,7 @@ SIGNALS = ("backwards_since_step", "backwards_without_step", "carried_gradient",
 
 _LOOK_EVERY = 50
 _FIRST_STEPS = 4
+_SAME = 0.01  # a division leaves the norm's share to rounding
 
 
 @dataclass
@@ -75,6 +76,8 @@ class Order:
         self._norms_after_backward: dict[int, float] = {}
         self._divided_before_clip = 0.0
         self._divided_by_hand = 1.0
+        self._divided_between = False
+        self._kept: list[float] = []
         self._weighted_steps = 0
         self._backwards = 0
         self._torch_steps = 0
@@ -89,6 +92,7 @@ class Order:
         for optimizer, held in tuple(self._held.items()):
             self._look_for_leftovers(optimizer, held)
             held.finite = held.finite and finite
+        self._note_what_is_left()
         self._note_micro_batch(loss)
 
     def _look_for_leftovers(self, optimizer: Any, held: Held) -> None:
@@ -168,8 +172,18 @@ class Order:
             for held in self._held.values():
                 held.backwards, held.carried, held.cleaned = 0, None, False
             self._micro.clear()
+            self._kept.clear()
 
     # --- accumulation -------------------------------------------------------------------------------------------
+    def _note_what_is_left(self) -> None:
+        """Between two backwards of a step: the share of the gradients' norm that the script has left of what was accumulated."""
+        if not (self._micro and self._norms_after_backward):
+            return
+        held = [parameter for optimizer in self._held for parameter in _with_gradient(optimizer)]
+        before = self._norm_after_backward(held)
+        now = math.hypot(*norms_of([parameter.grad for parameter in held if parameter.grad is not None], [])) / self.patient.scale
+        self._kept.append(now / before if before else math.nan)
+
     def _note_micro_batch(self, loss: Tensor | None) -> None:
         losses = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
         fresh = any(not call.spent for call in self.patient.training_calls())
@@ -199,6 +213,7 @@ class Order:
         before, after = self._norm_after_backward(_with_gradient(optimizer)), self._divided_before_clip
         self._norms_after_backward, self._divided_before_clip = {}, 0.0
         micro, self._micro = self._micro, []
+        kept, self._kept = self._kept, []
         was_accumulating, self._accumulates = self._accumulates, len(micro) > 1
         if len(micro) < 2 or not was_accumulating or not all(math.isfinite(m.given) and m.mean > 0 and m.counted for m in micro):
             return
@@ -208,10 +223,16 @@ class Order:
         if before:
             self._divided_by_hand = after or self.patient.norm_at_step / before
         self._weighted_steps += 1
-        weights = [m.given / m.mean * self._divided_by_hand for m in micro]
+        # Divided by the number of micro-batches between any two of them: then the first is divided as often as there are others.
+        if kept:
+            self._divided_between = len(kept) == len(micro) - 1 and all(abs(share * len(micro) - 1) < _SAME for share in kept)
+        left = [len(micro) ** -float(later) if self._divided_between else 1.0 for later in range(len(micro) - 1, -1, -1)]
+        weights = [m.given / m.mean * self._divided_by_hand * share for m, share in zip(micro, left)]
         total, tokens = sum(weights), sum(m.counted for m in micro)
         worst = max(abs(w / total * tokens / m.counted - 1) for w, m in zip(weights, micro)) if total else math.inf
         note = {"count": len(micro), "weights": weights[:64], "tokens": [m.counted for m in micro][:64], "worst": worst}
+        if self._divided_between:
+            note["divided_between"] = True
         held = max(self._everyone, key=lambda h: h.steps, default=self._by_hand)
         self.record.read("loss_weight_sum", total, note=note, source=held.sources[-1] if held.sources else "")
 

@@ -6,8 +6,9 @@ Looks like
 
 Why
     loss.backward() on k micro-batches sums k means: the division by k is missing, or is done both by hand and by the framework. With a
-    mean over unequal numbers of tokens each micro-batch weighs the same, so tokens of short ones weigh more. A last cycle of fewer than k
-    micro-batches is zeroed without a step.
+    mean over unequal numbers of tokens each micro-batch weighs the same, so tokens of short ones weigh more. Gradients that are divided
+    after every backward, sum and all, leave the first micro-batch 1/k^k. A last cycle of fewer than k micro-batches is zeroed without
+    a step.
 
 Tell apart
     gradients-not-zeroed keeps gradients beyond the step. A loss that is a sum over tokens has large values by choice and is not judged.
@@ -43,6 +44,9 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     weights = Series(r for r in chart["loss_weight_sum"].finite() if float(r.note.get("count") or 0) >= 2)
     if len(weights) < STEPS:
         return NotExamined(f"{len(weights)} steps with gradient accumulation; this needs {STEPS:.0f}")
+    again = [r for r in weights if r.note.get("divided_between") and _worst(r) > UNEQUAL]
+    if 2 * len(again) > len(weights):
+        return Diagnosis(_between(again[0]), (Evidence(again[0], 1.0),), "critical", **_place(again[0]))
     summed = [r for r in weights if abs(r.value / float(r.note["count"]) - 1) <= TOLERANCE]
     divided = [r for r in weights if abs(r.value * float(r.note["count"]) - 1) <= TOLERANCE]
     for group, meaning in ((summed, "their sum, not their mean"), (divided, "their mean divided by the number once more")):
@@ -67,6 +71,11 @@ def _dropped(dropped: Series, used: float) -> Diagnosis | None:
     share = number / (number + used)
     text = f"{number:.0f} backward calls ({share:.0%}) were zeroed before any step used them, as in a last, partial cycle."
     return Diagnosis(text, (Evidence(lost[0], 0.0),), "warning" if share > DROPPED else "note", **_place(lost[0]))
+
+
+def _between(reading: Any) -> str:
+    weights = ", ".join(f"{float(weight):.3g}" for weight in list(reading.note.get("weights") or ())[:8])
+    return f"Accumulated gradients are divided once more after every micro-batch: these weigh {weights} where each should weigh the same."
 
 
 def _worst(reading: Any) -> float:
