@@ -22,7 +22,7 @@ DISCOUNT = 0.75  # of each count: the value found best for small counts by Ney, 
 ORDERS = (1, 2, 3)
 GAP = -1  # an id that is not known or not counted
 _ID_BITS = 21  # three ids make one key of 63 bits; larger ids share the places of smaller ones
-_PLACES = 1 << 19  # of a table: 6 MB once full, touched only where used
+_PLACES = 1 << 17  # of a table: 1.5 MB once full, touched only where used
 # The mixing steps of SplitMix64: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 16 (shift, factor).
 _MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 

@@ -57,7 +57,7 @@ class Holders:
 
     def memory_grows(self, per_step: float) -> None:
         """Memory grows steadily: which containers do?"""
-        if self._look_again >= 0 or self._searches >= _SEARCHES:
+        if self._look_again >= 0 or self._searches >= _SEARCHES or (self._searches and not self.asking.affordable()):
             return
         frame = sys._getframe(1)
         answer = self._ask(lambda: census(frame))

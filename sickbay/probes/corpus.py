@@ -20,12 +20,12 @@ from sickbay.probes.purse import Purse
 
 SIGNALS = ("ngram_loss",)
 
-SHARE = 0.003  # of the run's time
+SHARE = 0.0015  # of the run's time
 FIRST = 0.02  # seconds: about twenty looks at 2,000 tokens, so that a run of seconds is seen as well
 _MAX_TOKENS = 4096  # of one batch
 _MAX_ROWS = 1 << 16  # rows remembered as counted
 _STRETCH = 16  # tokens: a stretch of text that came before makes a repetition, a shorter one may be a phrase
-_SEEN_BITS = 22  # places for stretches, 4 MB once full
+_SEEN_BITS = 20  # places for stretches, 1 MB once full
 _FACTOR = np.uint64(0x5851F42D4C957F2D)  # multiplier of Knuth's MMIX generator, The Art of Computer Programming 2, section 3.3.4
 _MAX_COUNTED = 1 << 20  # tokens
 _MATCH = 0.95  # share of targets that are the next input: exact by construction, the rest for edited tokens
