@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sickbay.core.record import RecordWriter
@@ -21,6 +22,7 @@ SIGNALS = ("backwards_since_step", "backwards_without_step", "carried_gradient",
 
 _LOOK_EVERY = 50
 _FIRST_STEPS = 4
+_SUMMED = 1 << 16  # elements of a leaf whose sum tells whether it was moved: an update may reach but one of them
 _SAME = 0.01  # a division leaves the norm's share to rounding
 
 
@@ -246,7 +248,7 @@ class Order:
         if loss is not None and (self._backwards <= 2 or len(leaves) < len(self._leaves)):
             leaves = leaves_of(loss)
             self._leaves = [weakref.ref(leaf) for leaf in leaves]
-        now = tuple(float(leaf.detach().reshape(-1)[0]) for leaf in leaves[:8] if leaf.numel())
+        now = tuple(float(leaf.detach().reshape(-1)[:_SUMMED].sum(dtype=torch.float64)) for leaf in leaves[:8] if leaf.is_floating_point())
         if self._print and now and now != self._print:
             held = self._by_hand
             gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
