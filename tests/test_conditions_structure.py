@@ -83,6 +83,7 @@ def test_a_fade_along_depth() -> None:
 
 def test_a_closed_gate_and_parts_that_are_merely_small() -> None:
     assert found("vanishing-gradients", depths([1.0, 2.0, 1e-15, 1.0, 3.0]), "warning").where == "w2"
+    assert found("vanishing-gradients", depths([1.0, 1e-15, 1e-15, 1e-16, 3.0]), "warning").where == "w3", "most lie behind one"
     assert ask("vanishing-gradients", depths([1.0, 2.0, 1e-6, 1.0, 3.0])) is None, "LayerScale"
     assert ask("vanishing-gradients", depths([1.0, 2.0, 0.0, 1.0, 3.0])) is None, "never reached"
     assert ask("vanishing-gradients", depths([1.0, 2.0, 1e-15, 1.0, 3.0], steps=3)) is None, "too short"

@@ -94,5 +94,6 @@ condition = Condition(
     needs=("dead_units",),
     diagnose=diagnose,
     prescribes=("revive-relu",),
+    leads_to=("vanishing-gradients",),
     inject=inject,
 )

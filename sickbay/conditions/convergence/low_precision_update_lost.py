@@ -85,6 +85,6 @@ condition = Condition(
     needs=("unmoved_share",),
     diagnose=diagnose,
     prescribes=("master-weights",),
-    leads_to=("update-not-applied", "repetitive-generation", "incoherent-generation"),
+    leads_to=("update-not-applied", "learning-rate-too-low", "loss-plateau", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

@@ -156,6 +156,7 @@ condition = Condition(
     diagnose=diagnose,
     prescribes=("scale-initialization",),
     leads_to=(
+        *("loss-plateau", "learning-rate-too-low", "missing-warmup"),
         *(
             "vanishing-gradients",
             "exploding-gradients",

@@ -84,6 +84,6 @@ condition = Condition(
     uses=("probability_sum", "loss"),
     diagnose=diagnose,
     prescribes=("raw-logits",),
-    leads_to=("repetitive-generation", "incoherent-generation"),
+    leads_to=("loss-plateau", "learning-rate-too-low", "model-too-small", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

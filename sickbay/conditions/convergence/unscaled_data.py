@@ -93,6 +93,7 @@ condition = Condition(
     leads_to=(
         *("poor-initialization", "vanishing-gradients", "exploding-gradients", "learning-rate-too-high", "half-precision-overflow"),
         *("scaler-collapse", "dead-relu", "loss-spike", "softmax-overflow", "attention-logit-growth", "non-finite-weights"),
+        *("loss-plateau", "learning-rate-too-low", "missing-warmup"),
     ),
     inject=inject,
 )

@@ -33,7 +33,9 @@ from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold, 
 from sickbay.core.robust import median
 
 FADED = Threshold(1e-4, "x late layers'", source="calibration on healthy networks of 2 to 24 layers, pre- and post-norm: never below 1e-2")
-CLOSED = Threshold(1e-8, "x median matrix", source="Adam's epsilon beside gradients of size 1: Kingma & Ba 2015; LayerScale starts at 1e-6")
+CLOSED = Threshold(
+    1e-9, "x second largest", source="a tenth of Adam's epsilon beside gradients of size 1: Kingma & Ba 2015; LayerScale starts at 1e-6"
+)
 ORDERED = Threshold(0.7, "rank correlation", source="a fade along depth is nearly monotone; one odd layer is not a fade")
 LASTING = Threshold(0.5, "share of steps", source="parts that start at zero have a gradient from the second step on")
 FEWEST, FEWEST_STEPS = 4, 5
@@ -99,12 +101,15 @@ def _faded(profile: list[Reading], steps: list[dict[str, float]]) -> Found | Non
 
 
 def _closed(profile: list[Reading], steps: list[dict[str, float]]) -> Found | None:
-    """The matrix that got some gradient but in no step more than CLOSED of the median one's, and the most it got."""
+    """The matrix that got some gradient but in no step more than CLOSED of the second largest, and the most it got.
+
+    Not of the median's: where every gate is closed most matrices lie behind one.
+    """
     most: dict[str, float] = {}
     for row in steps:
-        middle = _middle(row, row)
+        open_ = sorted(row.values())[-2:][0]
         for name, value in row.items():
-            most[name] = max(most.get(name, 0.0), value / middle if middle > 0 else 1.0)
+            most[name] = max(most.get(name, 0.0), value / open_ if open_ > 0 else 1.0)
     closed = [r for r in profile if 0 < most.get(r.where, 1.0) < CLOSED]
     if len(steps) < FEWEST_STEPS or not closed:
         return None
@@ -145,6 +150,6 @@ condition = Condition(
     uses=("param_grad_norm",),
     diagnose=diagnose,
     prescribes=("shorten-gradient-path",),
-    leads_to=("repetitive-generation", "incoherent-generation"),
+    leads_to=("loss-plateau", "learning-rate-too-low", "model-too-small", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )
