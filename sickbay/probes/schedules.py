@@ -74,9 +74,9 @@ class Schedules:
     def around_step(self, original: Any) -> Any:
         @unseen
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> None:
-            held = self._known.get(scheduler)
-            if held is not None and held.lines < _LINES:
-                with self.loop.sheltered("scheduler_step", self):
+            with self.loop.sheltered("scheduler_step", self):
+                held = self._known.get(scheduler)
+                if held is not None and held.lines < _LINES:
                     held.lines, held.called = held.lines + 1, user_line(2)
             original(scheduler, *args, **kwargs)
 
