@@ -195,7 +195,7 @@ def test_evaluation_over_other_batches_is_no_generated_text(tmp_path: Path) -> N
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
-def sample(share: float, step: int = 90, **note: Any) -> Any:
+def sample(share: float, step: int = 99, **note: Any) -> Any:
     return read("generated_repetition", share, step, **{"loop": 12, "period": 3, "greedy": 1.0, **note})
 
 
@@ -208,6 +208,11 @@ def test_loops_at_the_end_of_training_are_found_and_the_cure_fits_the_decoding()
     assert greedy.prescribes == "sample-with-temperature" and "greedy" in greedy.summary
     assert drawn.prescribes == "penalise-repetition"
     assert ask("repetitive-generation", chart(generated_repetition=[sample(0.3)], **LEARNED)) is None
+
+
+def test_loops_of_a_sample_that_training_goes_on_after_are_a_note() -> None:
+    found("repetitive-generation", chart(generated_repetition=[sample(0.9, 60), sample(0.9, 90)], **LEARNED), "note")
+    found("repetitive-generation", chart(generated_repetition=[sample(0.9, 60), sample(0.9, 98)], **LEARNED), "warning")
 
 
 def test_early_samples_and_models_that_learned_nothing_are_not_judged() -> None:

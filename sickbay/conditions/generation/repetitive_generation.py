@@ -33,7 +33,9 @@ from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
 SHARE = Threshold(0.5, "share of stretches", source="calibration: text drawn at temperature 0.7 to 1 stays below 0.15, loops exceed 0.6")
 LATE = Threshold(0.5, "share of steps", source="a sample drawn in the first half of training shows a model that is not finished")
 LEARNED = Threshold(0.9, "share of chance loss", source="above it the model has learned little more than which tokens are frequent")
+END = Threshold(0.98, "share of steps", source="text that training goes on after is a glimpse of how far the model has come, not its product")
 GREEDY = Threshold(0.9, "share of tokens", source="at temperature 0.3 a trained model takes its first choice about so often")
+LAST_STEPS = 2  # the evaluation before the last step is the last one
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
@@ -41,8 +43,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     late = chart["generated_repetition"].finite().between(int(LATE * chart.last_step), chart.last_step)
     if not late:
         return NotExamined("text was generated only in the first half of training")
-    reason = _hardly_learned(chart)
-    if reason:
+    if reason := _hardly_learned(chart):
         return NotExamined(reason)
     if statistics.median(late.values) < SHARE:
         return None
@@ -51,10 +52,11 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     loop, period = float(worst.note["loop"]), float(worst.note["period"])
     how = f", its longest loop {loop:.0f} tokens with a period of {period:.0f}" if loop else ""
     why = "; every token is the model's first choice (greedy decoding)" if greedy else ""
+    glimpse = late[-1].step < min(END * chart.last_step, chart.last_step - LAST_STEPS)
     return Diagnosis(
         summary=f"{worst.value:.0%} of the generated text repeats itself more than 99 of 100 stretches of the training text do{how}{why}.",
         evidence=(Evidence(worst, SHARE),),
-        severity="warning",
+        severity="note" if glimpse else "warning",
         step=worst.step,
         source=worst.source,
         seconds=worst.seconds,
