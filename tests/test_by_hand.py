@@ -25,11 +25,11 @@ def _in_their_stead(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict
     return {name: (w - RATE * g).detach().requires_grad_() for (name, w), g in zip(weights.items(), gradients)}
 
 
-def _train(update: object, steps: int = STEPS) -> list[float]:
+def _train(update: object, steps: int = STEPS, width: int = 4, classes: int = 3) -> list[float]:
     """Trains a linear model by hand; the true ratio of each update to the first weight."""
     torch.manual_seed(0)
-    inputs, targets = torch.randn(32, 4), torch.randint(0, 3, (32,))
-    weights = {"w": torch.randn(4, 3).requires_grad_(), "b": torch.ones(3).requires_grad_()}
+    inputs, targets = torch.randn(32, width), torch.randint(0, classes, (32,))
+    weights = {"w": torch.randn(width, classes).requires_grad_(), "b": torch.ones(classes).requires_grad_()}
     ratios = []
     for _ in range(steps):
         loss = nn.functional.cross_entropy(inputs @ weights["w"] + weights["b"], targets)
@@ -63,3 +63,41 @@ def test_an_optimizer_is_not_measured_twice(tmp_path: Path) -> None:
             optimizer.step()
     places = [(reading.step, reading.where) for reading in doctor.chart()["update_ratio"]]
     assert places and len(places) == len(set(places))
+
+
+def _first_element_only(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        for number, (weight, gradient) in enumerate(zip(weights.values(), gradients), 1):
+            weight.view(-1)[number] -= RATE * gradient.abs().sum()
+    return weights
+
+
+def _masked(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        for weight, gradient in zip(weights.values(), gradients):
+            weight.view(-1)[::2] -= RATE * gradient.view(-1)[::2]
+    return weights
+
+
+def _first_weight_only(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+    _in_place({"w": weights["w"]}, gradients[:1])
+    return weights
+
+
+def test_elements_that_a_hand_written_step_leaves_alone_are_counted(tmp_path: Path) -> None:
+    def unmoved(update: object, name: str) -> dict[str, list[float]]:
+        with sickbay.watch(out=tmp_path / name) as doctor:
+            _train(update, width=2, classes=60)
+        chart = doctor.chart()
+        assert len({reading.step for reading in chart["loss"]}) >= STEPS - 1, "each update ends a step"
+        return {where: [reading.value for reading in chart["unmoved_share"].at(where)] for where in chart["unmoved_share"].places()}
+
+    few = unmoved(_first_element_only, "few")
+    assert len(few) == 2 and all(len(values) >= 2 for values in few.values()), "both tensors, in several steps"
+    assert {round(value * 120) for values in few.values() for value in values} == {119, 118}
+    all_of_it = unmoved(_in_place, "all")
+    assert {value for values in all_of_it.values() for value in values} == {0.0}
+    assert not unmoved(_masked, "masked"), "every other element: gradients masked on purpose"
+    assert list(unmoved(_first_weight_only, "frozen").values()) == [[0.0] * len(next(iter(few.values())))], (
+        "what stays as a whole is frozen"
+    )

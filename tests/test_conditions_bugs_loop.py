@@ -130,6 +130,16 @@ def test_update_not_applied() -> None:
     assert unexamined(id_, chart(unmoved_share=unmoved(NAN, NAN)))
 
 
+def test_update_not_applied_by_hand() -> None:
+    """A script may leave most rows of one tensor alone on purpose; most of all tensors it does not."""
+    id_ = "update-not-applied"
+    by_hand = {"elements": 100, "moved": 1, "rounding": 0.0, "by_hand": True}
+    stuck = [read("unmoved_share", 0.99, step, where, **by_hand) for where in ("a", "b") for step in (1, 2)]
+    moving = [read("unmoved_share", 0.0, step, where, **by_hand) for where in ("c", "d") for step in (1, 2)]
+    assert found(id_, chart(unmoved_share=[*stuck, *moving[:2]]), "critical").where == "a"
+    assert ask(id_, chart(unmoved_share=[*stuck, *moving])) is None, "exactly half of the tensors"
+
+
 def weights(*values: float, count: int = 4, worst: float = 0.0, **others: Any) -> Chart:
     return chart(loss_weight_sum=[read("loss_weight_sum", v, step, count=count, worst=worst) for step, v in enumerate(values)], **others)
 
@@ -146,6 +156,15 @@ def test_accumulation_weighting() -> None:
     assert "1 steps" in unexamined(id_, weights(4.0))
     assert unexamined(id_, weights(NAN, NAN)) and ask(id_, weights(1.0, 1.0, worst=NAN)) is None
     assert unexamined(id_, weights(1.0, 1.0, count=1))
+
+
+def test_gradients_divided_at_every_micro_batch() -> None:
+    note = {"count": 4, "weights": [1 / 256, 1 / 64, 1 / 16, 1 / 4], "worst": 2.01, "divided_between": True}
+    sick = [read("loss_weight_sum", 0.332, step, **note) for step in (1, 2)]
+    verdict = found("accumulation-weighting", chart(loss_weight_sum=sick), "critical")
+    assert "0.00391, 0.0156, 0.0625, 0.25" in verdict.summary
+    mean = [read("loss_weight_sum", 1.0, step, **{**note, "worst": 0.0}) for step in (1, 2)]
+    assert ask("accumulation-weighting", chart(loss_weight_sum=mean)) is None, "a running mean divides, too, and weighs all the same"
 
 
 def test_dropped_cycles() -> None:

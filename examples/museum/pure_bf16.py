@@ -1,8 +1,8 @@
 """Fine-tuning in pure bfloat16 hardly converges: most updates are smaller than the distance to the next number.
 
-The whole model, weights included, was loaded in bfloat16, with a learning rate of 2e-5. In float32 the same recipe converged well, in
-bfloat16 "very badly". Next to a weight w the numbers are w/256 to w/128 apart; an update below half of that is rounded away, at every
-step anew. Repair: keep the weights in float32 and compute in bfloat16 by autocast.
+A pretrained model was loaded in bfloat16, weights included, and fine-tuned with a small learning rate. In float32 the same recipe
+converged well, in bfloat16 very badly. Next to a weight w the numbers are w/256 to w/128 apart; an update below half of that is rounded
+away, at every step anew. Repair: keep the weights in float32 and compute in bfloat16 by autocast.
 
 Thread: https://github.com/meta-pytorch/torchtune/issues/2254
 Thread: https://github.com/pytorch/ao/pull/1124
@@ -17,11 +17,15 @@ from torch import nn
 from torch.nn import functional as F
 
 FIXED = "fixed" in sys.argv[1:]
-STEPS, BATCH, CONTEXT, DIM, HEADS, LAYERS = 60, 8, 32, 48, 4, 2
+PRETRAINING, FINE_TUNING, BATCH, CONTEXT, DIM, HEADS, LAYERS = 100, 60, 8, 32, 48, 4, 2
 
-text = (Path(__file__).resolve().parent.parent / "data" / "tinyshakespeare.txt").read_text()[:200_000]
-characters = sorted(set(text))
-ids = torch.tensor([characters.index(c) for c in text])
+text = (Path(__file__).resolve().parent.parent / "data" / "tinyshakespeare.txt").read_text()[:50_000]
+characters = sorted(set(text + text.upper()))
+index = {character: number for number, character in enumerate(characters)}
+
+
+def encode(words):
+    return torch.tensor([index[character] for character in words])
 
 
 class Block(nn.Module):
@@ -51,20 +55,35 @@ class LanguageModel(nn.Module):
         return self.output(self.norm(self.blocks(self.tokens(x) + self.positions(torch.arange(x.shape[1])))))
 
 
-def get_batch():
+def get_batch(ids):
     starts = torch.randint(len(ids) - CONTEXT - 1, (BATCH,)).tolist()
     rows = torch.stack([ids[s : s + CONTEXT + 1] for s in starts])
     return rows[:, :-1], rows[:, 1:]
 
 
+def pretrained():
+    """The model as somebody left it: trained in float32, on the plays as they are printed."""
+    model = LanguageModel()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    plays = encode(text)
+    for _ in range(PRETRAINING):
+        tokens, labels = get_batch(plays)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model
+
+
 torch.manual_seed(0)
-model = LanguageModel()
+model = pretrained()
 if not FIXED:
     model = model.to(torch.bfloat16)
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+dialogue = encode(text.upper())
 
-for step in range(STEPS):
-    tokens, labels = get_batch()
+for step in range(FINE_TUNING):
+    tokens, labels = get_batch(dialogue)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FIXED):
         logits = model(tokens)
     loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())

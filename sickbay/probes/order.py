@@ -22,7 +22,7 @@ SIGNALS = ("backwards_since_step", "backwards_without_step", "carried_gradient",
 
 _LOOK_EVERY = 50
 _FIRST_STEPS = 4
-_SUMMED = 1 << 16  # elements of a leaf whose sum tells whether it was moved: an update may reach but one of them
+_MEASURED = 1 << 16  # elements of a leaf whose norm tells whether it was moved: an update may reach but one of them
 _SAME = 0.01  # a division leaves the norm's share to rounding
 
 
@@ -92,16 +92,19 @@ class Order:
             self._look_for_hand_written_steps(loss)
         finite = loss is None or loss.numel() != 1 or loss.device.type != "cpu" or math.isfinite(loss.item())
         for optimizer, held in tuple(self._held.items()):
-            self._look_for_leftovers(optimizer, held)
+            self._look_for_leftovers(optimizer, held, loss)
             held.finite = held.finite and finite
         self._note_what_is_left()
         self._note_micro_batch(loss)
 
-    def _look_for_leftovers(self, optimizer: Any, held: Held) -> None:
+    def _look_for_leftovers(self, optimizer: Any, held: Held, loss: Tensor | None) -> None:
         """Between two steps the old gradients must have disappeared at the start of at least one backward."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None and not p.grad.is_sparse]
         looking = held.steps < _FIRST_STEPS or held.steps % _LOOK_EVERY == 0
         if gradients and (held.cleaned or not looking):
+            return
+        if gradients and loss is not None and loss.grad_fn is not None and not _reaches(loss, optimizer):
+            held.cleaned = True  # copies of the weights, whose gradients the script puts there itself, anew for each step
             return
         left = math.hypot(*norms_of(gradients, [])) if gradients else 0.0
         if left == 0.0:
@@ -248,7 +251,8 @@ class Order:
         if loss is not None and (self._backwards <= 2 or len(leaves) < len(self._leaves)):
             leaves = leaves_of(loss)
             self._leaves = [weakref.ref(leaf) for leaf in leaves]
-        now = tuple(float(leaf.detach().reshape(-1)[:_SUMMED].sum(dtype=torch.float64)) for leaf in leaves[:8] if leaf.is_floating_point())
+        parts = [leaf.detach().reshape(-1)[:_MEASURED] for leaf in leaves[:8] if leaf.is_floating_point() and leaf.numel()]
+        now = tuple(float(value) for part in parts for value in (part[0], torch.linalg.vector_norm(part, dtype=torch.float64)))
         if self._print and now and now != self._print:
             held = self._by_hand
             gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -277,6 +281,12 @@ def _parts_of_one_batch(micro: list[MicroBatch]) -> bool:
     """False where the backwards of a step ask different things (several tasks' losses) or the same batch again (adversarial steps)."""
     repeated = any(before.targets == after.targets for before, after in itertools.pairwise(micro))
     return len({m.asked for m in micro}) == 1 and not repeated
+
+
+def _reaches(loss: Tensor, optimizer: Any) -> bool:
+    """True if `loss.backward()` would add to the gradient of any of the optimizer's parameters."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(id(leaf) in held for leaf in leaves_of(loss))
 
 
 def _has_gradient(optimizer: Any) -> bool:
