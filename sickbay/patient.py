@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -164,13 +165,15 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def user_line(skip: int = 1) -> str:
-    """`file:line` of the innermost frame of the user's own code; "" if there is none."""
-    frame = sys._getframe(skip)
+    """`file:line` of the innermost frame of the user's own code, `skip` frames out or further; "" if there is none."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and skip:  # not sys._getframe(skip): it raises where the stack is not as deep
+        frame, skip = frame.f_back, skip - 1
     while frame is not None:
         filename = frame.f_code.co_filename
         if is_user_file(filename):
             return f"{filename}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 

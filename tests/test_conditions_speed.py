@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from sickbay.core.condition import checkup
 from sickbay.core.diagnosis import Diagnosis
 from sickbay.exams import copies, loops, op_profile, products
 from sickbay.exams.speed import repeated
-from sickbay.patient import ForwardCall
-from sickbay.probes.phases import Step
-from sickbay.probes.statements import Stretch, data_lines, idle_copies
+from sickbay.patient import ForwardCall, user_line
+from sickbay.probes.clock import Clock
+from sickbay.probes.phases import Step, Stretch
+from sickbay.probes.statements import Stretch as Lines
+from sickbay.probes.statements import data_lines, idle_copies
 from sickbay.registry import conditions
 
 LOOP = {"count": 64, "width": 32, "operation": "bmm", "loop_seconds": 0.1, "batched_seconds": 0.01, "per_row": False}
@@ -118,12 +121,48 @@ def test_small_batch_is_a_note_from_three_times_the_rows() -> None:
 
 
 # --- the probe's arithmetic -----------------------------------------------------------------------------------------------
-def test_a_stretch_idles_only_beyond_what_a_busy_machine_explains() -> None:
-    busy = Step(wall=1.0, cpu=0.25, loader=0.2, loader_cpu=0.05)  # everything takes four times longer than it computes
-    assert busy.slowed() == pytest.approx(4.0)
-    assert busy.idled(busy.loader, busy.loader_cpu) == 0.0
-    waiting = Step(wall=1.0, cpu=0.51, loader=0.5, loader_cpu=0.01)
-    assert waiting.idled(waiting.loader, waiting.loader_cpu) == pytest.approx(0.49)
+def test_a_step_is_slowed_by_what_it_neither_computed_nor_slept() -> None:
+    step = Step(wall=1.0, cpu=0.2, loader=Stretch(cpu=0.01, slept=0.2))  # the rest took four times longer than it computed
+    assert step.slowed() == pytest.approx(4.0)
+    assert Step(wall=1.0, cpu=0.5, queued=0.4, gap=Stretch(cpu=0.1)).rest == pytest.approx(0.5)
+
+
+def test_the_clock_stands_still_only_while_the_thread_is_queued() -> None:
+    clock = Clock()
+    try:
+        began = clock.now()
+        time.sleep(0.05)
+        asleep = clock.now().since(began)
+        began = clock.now()
+        while time.thread_time() - began.cpu < 0.02:
+            pass
+        busy = clock.now().since(began)
+    finally:
+        clock.close()
+    assert asleep.clear - asleep.cpu >= 0.045
+    assert busy.cpu >= 0.02
+    if clock_of_the_queue():  # else nothing tells waiting for a processor from sleeping
+        assert busy.clear == pytest.approx(busy.cpu, rel=0.2)
+
+
+def clock_of_the_queue() -> bool:
+    clock = Clock()
+    try:
+        return clock.exact
+    finally:
+        clock.close()
+
+
+def test_a_closed_clock_falls_back_to_the_wall() -> None:
+    clock = Clock()
+    clock.close()
+    moment = clock.now()
+    assert not clock.exact and moment.queued == 0.0 and moment.passed > 0
+
+
+def test_the_users_line_is_found_however_deep_it_is_looked_for() -> None:
+    assert user_line(1).startswith(f"{__file__}:")
+    assert user_line(10_000) == ""
 
 
 SCRIPT = """\
@@ -144,11 +183,11 @@ for step in range(3):
 """
 
 
-def stretch(folder: Path, lines: list[int], at: int) -> Stretch:
+def stretch(folder: Path, lines: list[int], at: int) -> Lines:
     file = folder / "script.py"
     file.write_text(SCRIPT)
     spent = {(str(file), "<module>", line): 0.1 for line in lines}
-    return Stretch(spent, [(str(file), "<module>", at)])
+    return Lines(spent, [(str(file), "<module>", at)])
 
 
 def test_lines_whose_results_reach_the_model_make_the_batch(tmp_path: Path) -> None:

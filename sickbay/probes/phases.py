@@ -1,15 +1,17 @@
 """Where the time of a step goes: waiting for data, forward, backward, optimizer, rest.
 
 Stamps are taken at events that the loop tells anyway, sickbay's own time is taken out, and shares are medians over steps, so neither
-an evaluation now and then nor a start-up counts. Cost: about ten microseconds a step.
+an evaluation now and then nor a start-up counts. Time in which a thread was ready and had no processor counts nowhere (clock.py), neither
+the script's nor that of the DataLoader's worker it waits for: a busy machine makes no wait. Cost: about fifteen microseconds a step.
 """
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,7 @@ from torch.utils.data import dataloader
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import Patient, user_line
+from sickbay.probes.clock import Clock, Moment, queued_seconds
 from sickbay.probes.loop import Loop
 from sickbay.probes.statements import Place, Statements, data_lines, idle_copies
 from sickbay.probes.unseen import unseen
@@ -34,33 +37,55 @@ _REPORTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _WORTH_TRACING = 0.03  # share of the step between two steps, above which it is asked which of the script's lines take it
 _TRACED = 3  # stretches whose lines are timed
 _ATTEMPTS = 8
-_IDLES = 3.0  # a stretch this many times longer than its computing would have taken beside the rest of the step is waiting
+_IDLES = 3.0  # without a clock of the queue: a stretch this many times longer than its computing would have taken beside the step's rest
 _TRIMMED = 0.1  # share of the steps, those that waited longest: the start of an epoch, workers spinning up
+_LONG = 0.001  # seconds asleep in a loader with workers, above which it is asked whether they had a processor
+_RECENT = 32  # batches that are looked back on for such a wait
+_HELPED = 0.1  # of a sleep: processor time of the script's other threads meanwhile, so that it may be them that are waited for
+
+
+@dataclass
+class Stretch:
+    """Seconds of a stretch of the step, without those in which the thread had no processor: `cpu` computing, `slept` not."""
+
+    cpu: float = 0.0
+    slept: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.cpu + self.slept
+
+    def add(self, cpu: float, slept: float) -> None:
+        self.cpu, self.slept = self.cpu + cpu, self.slept + slept
 
 
 @dataclass
 class Step:
-    """Seconds of one step: `gap` from the end of a step or backward to the next forward, `loader` inside a DataLoader's next.
+    """Seconds of one step. `gap`: from the end of a step or backward to the next forward; `loader`: inside a DataLoader's next.
 
-    `*_cpu`: processor seconds of the training thread in the same stretches.
+    `wall`: all that passed, `queued`: those without a processor, `cpu`: the training thread's own.
     """
 
     wall: float = 0.0
     cpu: float = 0.0
-    gap: float = 0.0
-    gap_cpu: float = 0.0
-    loader: float = 0.0
-    loader_cpu: float = 0.0
+    queued: float = 0.0
+    gap: Stretch = field(default_factory=Stretch)
+    loader: Stretch = field(default_factory=Stretch)
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
-    def slowed(self) -> float:
-        """How many times longer the computing part of the step took than it computed: other programs had the processor."""
-        busy = self.cpu - self.gap_cpu - self.loader_cpu
-        return max(1.0, (self.wall - self.gap - self.loader) / busy) if busy > 0 else 1.0
+    @property
+    def clear(self) -> float:
+        return max(1e-9, self.wall - self.queued)
 
-    def idled(self, wall: float, cpu: float) -> float:
-        """Seconds that a stretch waited for something other than the processor, 0 where a busy machine can explain them."""
-        return wall - cpu if wall > _IDLES * cpu * self.slowed() else 0.0
+    @property
+    def rest(self) -> float:
+        """Seconds outside gap and loader, without those in which the thread had no processor."""
+        return max(0.0, self.clear - self.gap.seconds - self.loader.seconds)
+
+    def slowed(self) -> float:
+        """How many times longer the step's computing took than it computed: other programs had the processor."""
+        asleep = self.gap.slept + self.loader.slept
+        return max(1.0, (self.wall - asleep) / self.cpu) if self.cpu > 0 else 1.0
 
 
 @dataclass
@@ -79,24 +104,44 @@ class Phases:
 
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record, self.loop = patient, record, loop
-        self.statements = Statements()
         self.fetching = Fetching()
         self._steps: list[Step] = []
         self._step = Step()
         self._count = 0
         self._depth = 0
-        self._gap: tuple[float, float] | None = None
-        self._began: tuple[float, float] | None = None
+        self.clock = Clock()
+        self.statements = Statements(self.clock)
+        self._gap: Moment | None = None
+        self._began: Moment | None = None
         self._phase: tuple[str, float] | None = None
-        self._inside = (0.0, 0.0)  # loader's seconds at the beginning of the gap
+        self._fetches = Moment()  # all that passed inside loaders so far
+        self._inside = Moment()  # the same, at the beginning of the gap
+        self._others = 0.0  # processor seconds of the process's other threads, then
+        self._waits: deque[float] = deque(maxlen=_RECENT)  # seconds asleep in the loader
         self._own_at_begin = 0.0
         self._tracing = False
         self._attempts = 0
         self._stretches: list[tuple[float, dict[Place, float], set[Place], set[Place]]] = []
 
-    def _now(self) -> tuple[float, float]:
-        """The clock without sickbay's own seconds, and the thread's processor seconds: few of those are sickbay's, which waits in exams."""
-        return time.perf_counter() - self.loop.seconds, time.thread_time()
+    def _now(self) -> Moment:
+        """The clock without sickbay's own seconds."""
+        now = self.clock.now()
+        now.passed -= self.loop.seconds
+        return now
+
+    def _asleep(self, passed: Moment, slowed: float) -> float:
+        """Seconds of a stretch that the thread neither computed nor stood in the queue; what a busy machine can explain is 0."""
+        seconds = max(0.0, passed.clear - passed.cpu)
+        return seconds if self.clock.exact or passed.passed > _IDLES * passed.cpu * slowed else 0.0
+
+    def _slowed(self) -> float:
+        """The newest step's slowing down by other programs."""
+        return self._steps[-1].slowed() if self._steps else 1.0
+
+    def _shared(self, asleep: float, process: float) -> float:
+        """`asleep` as it would have been on a quiet machine, where the script's own threads or processes may have been waited for."""
+        helped = bool(multiprocessing.process._children) or process > _HELPED * asleep  # type: ignore[attr-defined]
+        return asleep / self._slowed() if helped else asleep
 
     # --- the loader ---------------------------------------------------------------------------------------------------
     def around_next(self, original: Any) -> Any:
@@ -104,24 +149,40 @@ class Phases:
         def __next__(iterator: Any) -> Any:
             if self._depth or not self.loop.awake():
                 return original(iterator)
-            wall, cpu = time.perf_counter(), time.thread_time()
+            before, others, worker, queued = None, 0.0, 0, None
+            with self.loop.sheltered("next", self):
+                worker = _worker_of(iterator) if max(self._waits, default=_LONG) >= _LONG else 0
+                queued = queued_seconds(worker) if worker else None
+                before, others = self.clock.now(), time.process_time()
+            if before is None:
+                return original(iterator)
             self._depth += 1
             try:
                 return original(iterator)
             finally:
                 self._depth -= 1
                 with self.loop.sheltered("next", self):
-                    self._fetched(iterator, time.perf_counter() - wall, time.thread_time() - cpu)
+                    self._fetched(iterator, self.clock.now().since(before), time.process_time() - others, worker, queued)
 
         return __next__
 
-    def _fetched(self, iterator: Any, wall: float, cpu: float) -> None:
-        self._step.loader += wall
-        self._step.loader_cpu += cpu
-        self.statements.excuse(wall)
+    def _fetched(self, iterator: Any, passed: Moment, process: float, worker: int, queued: float | None) -> None:
+        workers = int(getattr(iterator, "_num_workers", 0))
+        asleep = self._asleep(passed, self._slowed())
+        self._waits.append(asleep)
+        if not workers:
+            asleep = self._shared(asleep, process - passed.cpu)
+        elif asleep >= _LONG and self.clock.exact:
+            after = queued_seconds(worker) if worker else None
+            asleep = max(0.0, asleep - (after - queued)) if after is not None and queued is not None else 0.0
+        elif asleep >= _LONG:
+            asleep /= self._slowed()
+        self._step.loader.add(passed.cpu, asleep)
+        self._fetches = self._fetches.plus(passed)
+        self.statements.excuse(passed.clear)
         if not self.fetching.source:
             dataset = type(getattr(iterator, "_dataset", None)).__name__
-            self.fetching = Fetching(int(getattr(iterator, "_num_workers", 0)), dataset, user_line(2))
+            self.fetching = Fetching(workers, dataset, user_line(2))
 
     # --- the loop's events ----------------------------------------------------------------------------------------------
     def forward_begin(self, call: Any) -> None:
@@ -129,10 +190,8 @@ class Phases:
             self._tracing = False
             self._keep_stretch(self.statements.end(), call)
         if self._gap is not None:
-            wall, cpu = self._now()
             if call.grad_enabled:
-                self._step.gap += wall - self._gap[0] - (self._step.loader - self._inside[0])
-                self._step.gap_cpu += cpu - self._gap[1] - (self._step.loader_cpu - self._inside[1])
+                self._close_gap(self._gap)
                 if self._count in (_SKIPPED, _SKIPPED + 2):
                     self.statements.learn()
             self._gap = None
@@ -159,13 +218,14 @@ class Phases:
     def round_end(self, step: int) -> None:
         now = self._now()
         if self._began is not None:
-            self._step.wall, self._step.cpu = now[0] - self._began[0], now[1] - self._began[1]
+            passed = now.since(self._began)
+            self._step.wall, self._step.cpu, self._step.queued = passed.passed, passed.cpu, passed.queued
             if self._count > _SKIPPED:
                 self._steps.append(self._step)
                 del self._steps[:-_KEPT]
         self._began, self._step, self._phase = now, Step(), None
         self._count += 1
-        self._open_gap()
+        self._open_gap(now)
         if self._count in _REPORTS:
             self._write()
         self._trace()
@@ -174,17 +234,25 @@ class Phases:
         self._write()
 
     def _enter(self, phase: str) -> None:
-        self._phase = (phase, self._now()[0])
+        self._phase = (phase, time.perf_counter() - self.loop.seconds)
 
     def _leave(self) -> None:
         if self._phase is not None:
             phase, since = self._phase
-            self._step.phases[phase] += self._now()[0] - since
+            self._step.phases[phase] += time.perf_counter() - self.loop.seconds - since
             self._phase = None
 
-    def _open_gap(self) -> None:
-        self._gap = self._now()
-        self._inside = (self._step.loader, self._step.loader_cpu)
+    def _open_gap(self, now: Moment | None = None) -> None:
+        self._gap = now or self._now()
+        self._inside = self._fetches
+        self._others = time.process_time() - self._gap.cpu
+
+    def _close_gap(self, began: Moment) -> None:
+        now = self._now()
+        others = time.process_time() - now.cpu - self._others
+        passed = now.since(began).since(self._fetches.since(self._inside))
+        asleep = self._asleep(passed, self._slowed())
+        self._step.gap.add(max(0.0, passed.cpu), self._shared(asleep, others) if asleep else 0.0)
 
     def compute_share(self) -> float:
         """The share of a step's time in forward and backward, median over the steps so far; 1 where none was timed."""
@@ -198,7 +266,7 @@ class Phases:
         """The lines up to the next forward are timed, where enough of the step passes between steps to be worth a look."""
         if len(self._stretches) >= _TRACED or self._attempts >= _ATTEMPTS or len(self._steps) < _ENOUGH:
             return
-        if statistics.median(s.gap / s.wall if s.wall > 0 else 0.0 for s in self._steps) < _WORTH_TRACING:
+        if statistics.median(s.gap.seconds / s.clear for s in self._steps) < _WORTH_TRACING:
             return
         self._attempts += 1
         self._own_at_begin = self.loop.seconds
@@ -232,10 +300,6 @@ class Phases:
         (file, _, line), _ = by_line.most_common(1)[0]
         return min(1.0, sum(by_line.values()) / total), f"{file}:{line}"
 
-    def _starved(self, step: Step) -> float:
-        """What other programs slow worker processes down by, too."""
-        return step.slowed() if self.fetching.workers else 1.0
-
     # --- what is written --------------------------------------------------------------------------------------------------
     def _write(self) -> None:
         steps = [step for step in self._steps if step.wall > 0]
@@ -247,11 +311,11 @@ class Phases:
         own, line = self._share_of(0)
         # Processor seconds do not depend on what else the machine does; a device or other ranks are waited for in wall seconds.
         alone = int(os.environ.get("WORLD_SIZE") or 1) == 1 and not torch.cuda.is_initialized()
-        rest = _low([(s.cpu - s.loader_cpu - s.gap_cpu * own) if alone else (s.wall - s.loader - s.gap * own) for s in steps])
-        idle = [s.idled(s.loader, s.loader_cpu) / self._starved(s) for s in steps]
-        loading = _low([s.loader_cpu for s in steps]) + (_usual(idle) if self.fetching.workers else statistics.median(idle))
-        making = _low([s.gap_cpu * own for s in steps]) + statistics.median(s.idled(s.gap * own, s.gap_cpu * own) for s in steps)
-        computed = _low([s.loader_cpu + s.gap_cpu * own for s in steps])
+        rest = _low([(s.cpu - s.loader.cpu - s.gap.cpu * own) if alone else (s.rest + s.gap.seconds * (1 - own)) for s in steps])
+        idle = [s.loader.slept for s in steps]
+        loading = _low([s.loader.cpu for s in steps]) + (_usual(idle) if self.fetching.workers else statistics.median(idle))
+        making = _low([s.gap.cpu * own for s in steps]) + statistics.median(s.gap.slept * own for s in steps)
+        computed = _low([s.loader.cpu + s.gap.cpu * own for s in steps])
         spent, by_loader = loading + making, loading >= making
         note = {
             "seconds": spent,
@@ -265,8 +329,17 @@ class Phases:
         share = spent / (spent + rest) if spent + rest > 0 else 0.0
         self.record.read("data_wait", share, note=note, source=self.fetching.source if by_loader else line)
         copied, line = self._share_of(1)
-        share = statistics.median(step.gap / step.wall for step in steps) * copied
+        share = statistics.median(step.gap.seconds / step.clear for step in steps) * copied
         self.record.read("idle_copies", share, note={"seconds": share * wall, "step_seconds": wall}, source=line)
+
+
+def _worker_of(iterator: Any) -> int:
+    """The process that makes the loader's next batch; 0 where that is not known."""
+    try:
+        index = iterator._task_info[iterator._rcvd_idx][0]
+        return int(iterator._workers[index].pid)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return 0
 
 
 def _low(seconds: list[float]) -> float:
@@ -288,4 +361,9 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
         loop.on(event, probe, getattr(probe, event))
     patient.compute_share = probe.compute_share
     loop.replace(dataloader._BaseDataLoaderIter, "__next__", probe.around_next)
-    return probe.statements.end  # type: ignore[return-value]
+
+    def detach() -> None:
+        probe.statements.end()
+        probe.clock.close()
+
+    return detach

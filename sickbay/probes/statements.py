@@ -9,12 +9,12 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
-import time
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
 
 from sickbay.patient import is_user_file
+from sickbay.probes.clock import Clock
 
 _DEEPEST = 64
 _COPYING = frozenset(("deepcopy", "clone"))
@@ -37,7 +37,8 @@ class Stretch:
 class Statements:
     """`begin()` at the end of a step, `end()` where its forward begins; a debugger or coverage that traces already is left alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._codes: set[CodeType] = set()
         self._on = False
         self._at: Place = ("", "", 0)
@@ -56,7 +57,7 @@ class Statements:
         if not frames:
             return False
         self._stretch, self._on = Stretch(), True
-        self._at, self._since = _place(frames[0]), time.perf_counter()
+        self._at, self._since = _place(frames[0]), self._clock.now().clear
         for frame in frames:
             frame.f_trace = self._line
         sys.settrace(self._call)
@@ -89,6 +90,13 @@ class Statements:
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if not self._on:
             return None
+        try:
+            self._follow(frame, event)
+        except Exception:  # what a trace function raises reaches the script
+            self._on = False
+        return self._line
+
+    def _follow(self, frame: FrameType, event: str) -> None:
         self._charge()
         if event == "line":
             self._at = _place(frame)
@@ -96,11 +104,10 @@ class Statements:
         elif event == "return":
             outer = next(iter(_user_frames(frame.f_back)), None)
             self._at = _place(outer) if outer is not None else ("", "", 0)
-        self._since = time.perf_counter()
-        return self._line
+        self._since = self._clock.now().clear
 
     def _charge(self) -> None:
-        self._stretch.spent[self._at] = self._stretch.spent.get(self._at, 0.0) + time.perf_counter() - self._since
+        self._stretch.spent[self._at] = self._stretch.spent.get(self._at, 0.0) + self._clock.now().clear - self._since
 
 
 def _place(frame: FrameType) -> Place:
