@@ -302,3 +302,26 @@ def test_a_forward_that_never_repeats_gives_its_reason() -> None:
 def test_without_a_forward_or_a_graph_there_is_no_answer() -> None:
     found = examine(Patient(), torch.tensor(1.0), 0)
     assert isinstance(found, NoAnswer) and "forward" in found.reason
+
+
+@pytest.mark.parametrize("ending", ["logits", "probabilities", "experts"])
+def test_a_model_that_passes_nothing_between_positions_has_no_mask(ending: str) -> None:
+    class Bigram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.gate, self.head = nn.Embedding(V, D), nn.Linear(D, 4), nn.Linear(D, V)
+            self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x: Tensor = self.embedding(ids)
+            if ending == "experts":
+                weights = self.gate(x).softmax(-1)
+                x = torch.stack([e(x) for e in self.experts], -1).mul(weights.unsqueeze(-2)).sum(-1)
+            scores: Tensor = self.head(x)
+            return scores.softmax(-1) if ending == "probabilities" else scores
+
+    ids, targets = text()
+    patient, logits = patient_of(Bigram(), ids)
+    found = answers(patient, loss_of(logits, targets), 0)
+    assert found["target_offset"] == 1
+    assert "past_blocked" not in found.readings

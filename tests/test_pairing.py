@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sickbay.core.independence import dependence_z
 from sickbay.core.record import RecordWriter
 from sickbay.patient import LossCall, Patient
 from sickbay.probes.corpus import Corpus, next_tokens
@@ -140,3 +141,15 @@ def test_of_overlapping_crops_each_stretch_of_text_is_counted_once(tmp_path: Pat
     record.close()
     assert patient.corpus is not None
     assert 1900 < patient.corpus.tokens < 2100
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_pixels_say_something_about_the_classes_of_pixels(together: bool) -> None:
+    rng = np.random.default_rng(0)
+    masks = np.zeros((400, 16, 16))
+    for mask, (top, left, height, width) in zip(masks, rng.integers(2, 9, (400, 4))):
+        mask[top : top + height, left : left + width] = 1
+    images = torch.from_numpy(masks + rng.normal(size=masks.shape)).unsqueeze(1)
+    labels = torch.from_numpy(masks).long().reshape(400, -1)
+    kept = examples(images, labels if together else labels.roll(7, 0))
+    assert (dependence_z(kept.features(), kept.targets()) > 4.0) is together

@@ -236,7 +236,9 @@ def observe(again: Rerun) -> Observation:
             if args[0].shape != args[1].shape and isinstance(result, Tensor) and result.dim() == 3:
                 addend = args[1] if args[0].shape == result.shape else args[0]
                 seen.added.append((tuple(result.shape), tuple(addend.shape)))
-        elif operation.name in SOFTMAX and not seen.attention[1] and (operation.name != "_softmax" or args[0].dim() > 2):
+        elif (
+            operation.name in SOFTMAX and not seen.attention[1] and (operation.name != "_softmax" or _over_positions(args[0], seen.lookups))
+        ):
             seen.attention = operation.module, again.source(operation.source)
         elif operation.name == "arange" and isinstance(result, Tensor):
             seen.aranges.append(tuple(result.shape))
@@ -246,6 +248,12 @@ def observe(again: Rerun) -> Observation:
 
     seen.output = again(note)
     return seen
+
+
+def _over_positions(scores: Tensor, lookups: list[Lookup]) -> bool:
+    """True for a softmax that can weigh positions; one of `(B, T, K)` for ids `(B, T)` gives each token its K classes or experts."""
+    sizes = tuple(scores.shape)
+    return len(sizes) > 3 or (len(sizes) == 3 and (sizes[1] == sizes[2] or all(found.shape != sizes[:2] for found in lookups)))
 
 
 def _over_batch(args: tuple[Any, ...]) -> bool:

@@ -14,6 +14,7 @@ from sickbay.core.independence import is_independent_noise, is_uniform_noise
 MOST = 400  # rows: with more the test gets slower by their square
 _WIDTH = 256  # numbers of a row's input
 _CLASSES = 64  # places that classes are spread over
+_PLACES, _KINDS = 32, 8  # of a row with a class for each pixel or frame: places looked at, and what their classes are spread over
 _TOKENS = 64  # of a row, for the question whether they look made up
 _OFTEN = 5.0  # times the mean count: an id so frequent is padding or a mark
 _MARKS = 3  # ids of that kind: padding, beginning, end
@@ -54,7 +55,9 @@ class Examples:
             made = np.zeros((len(chosen), _WIDTH))
             for row, tokens in zip(made, ids):
                 np.add.at(row, tokens % _WIDTH, 1.0)
-        if classes and wanted.shape[1] > 1:
+        if classes and wanted.shape[1] > 1 and picked.is_floating_point():
+            answers = self._many_places(wanted, ignored)
+        elif classes and wanted.shape[1] > 1:
             made, answers = self._one_place(picked, made, wanted, ignored)
         elif classes:
             answers = np.eye(_CLASSES)[(wanted[:, 0].numpy() % _CLASSES)]
@@ -80,6 +83,15 @@ class Examples:
                 if 0 <= place + side < rows.shape[1]:
                     near[index, (side + 1) * _CLASSES + int(row[place + side]) % _CLASSES] = 1.0
         return (np.concatenate([bags, near], axis=1) if aligned else bags), answers
+
+    @staticmethod
+    def _many_places(wanted: Tensor, ignored: int) -> Matrix:
+        """The same evenly spread places of every row, as pixels or frames have them: one says nothing to whom its position is unknown."""
+        places = np.linspace(0, wanted.shape[1] - 1, min(_PLACES, wanted.shape[1])).astype(int)
+        targets = wanted.numpy()[:, places]
+        answers = np.eye(_KINDS)[targets % _KINDS] * (targets != ignored)[:, :, None]
+        flat: Matrix = answers.reshape(len(targets), -1)
+        return flat
 
     @staticmethod
     def _main(inputs: list[Tensor], count: int) -> Tensor | None:
