@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+import torch
 from charts import chart
 from judging import finding, verdict, wobble
+from torch.nn.functional import cross_entropy
 
 from sickbay.core.chart import Chart, Reading
 from sickbay.core.diagnosis import NotExamined
+from sickbay.patient import LossCall
+from sickbay.probes.losses import per_target
 
 
 def curves(validation: list[float], train: list[float], every: int = 20, **more: Any) -> Chart:
@@ -154,3 +159,12 @@ def test_equal_inputs_with_unequal_targets(rate: float, repeats: int, sick: bool
         assert not isinstance(answer, NotExamined)
         assert answer is not None
         assert answer.certainty == "confirmed"
+
+
+@pytest.mark.parametrize("counted", [6, 4, 0])
+def test_a_summed_loss_is_told_per_target(counted: int) -> None:
+    logits, targets = torch.zeros(6, 5), torch.tensor([1] * counted + [-100] * (6 - counted))
+    call = LossCall("cross_entropy", logits, targets, -100, "sum", cross_entropy(logits, targets, reduction="sum"), "train.py:3", True)
+    assert per_target(call) == pytest.approx(math.log(5) if counted else 0.0)
+    mean = LossCall("cross_entropy", logits, targets, -100, "mean", torch.tensor(2.5), "train.py:3", True)
+    assert per_target(mean) == 2.5

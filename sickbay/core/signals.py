@@ -32,7 +32,7 @@ _ROWS = (
     # --- the loop: order of calls and their numbers --------------------------------------------------------------
     Signal("loss", "nats", "run", "loss handed to backward, summed over the step's micro-batches", "no loss was seen"),
     Signal("eval_loss", "nats", "run", "mean loss of the forwards without gradient since the last step", "no evaluation was seen"),
-    Signal("train_loss", "nats", "run", "mean of the step's training losses as the loss function gave them: the same units as eval_loss", "no torch loss function was seen"),
+    Signal("train_loss", "nats", "run", "mean of the step's training losses as the loss function gave them, sums over class targets per target: the same units as eval_loss", "no torch loss function was seen"),
     Signal("validation_loss", "nats", "run", "mean loss of an evaluation's own data: of two passes between two steps, the one with the higher loss; note: error, batches", "no evaluation was seen"),
     Signal("ngram_loss", "nats per token", "run", "what counts of all batches before lose on this one's new rows: the best of single tokens, pairs and triples; note: unigram, bigram, trigram, model (its own loss on the batch), tokens, counted", "no next-token training was seen"),
     Signal("pairing_gain", "share of loss", "run", "by how much the loss is lower than with the targets of other rows, over that; 0 = inputs tell the model nothing; where: fresh, repeated (rows seen before), evaluation; note: rows, error", "no loss over rows of a batch was seen"),

@@ -16,6 +16,7 @@ from sickbay.core.ngrams import GAP, NGrams, windows
 from sickbay.core.record import RecordWriter
 from sickbay.patient import LossCall, Patient, tensors_in
 from sickbay.probes.loop import Loop
+from sickbay.probes.losses import per_target
 from sickbay.probes.purse import Purse
 
 SIGNALS = ("ngram_loss",)
@@ -135,11 +136,7 @@ def _mean(call: LossCall) -> float:
     """The loss per counted target in nats; NaN where the call does not tell."""
     if call.value.numel() != 1 or call.value.device.type != "cpu" or call.reduction not in ("mean", "sum"):
         return float("nan")
-    value = call.value.item()
-    if call.reduction == "sum":
-        counted = int((call.targets != call.ignore_index).sum())
-        return value / counted if counted else float("nan")
-    return value
+    return per_target(call)
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:

@@ -92,11 +92,11 @@ class Losses:
         if call.grad_enabled:
             self._training_loss(call)
             if value.numel() == 1 and value.device.type == "cpu" and len(self._pending) < _MAX_EVALUATED:
-                self._pending.append((_asked(call), value.item(), call.evaluating))
+                self._pending.append((_asked(call), per_target(call), call.evaluating))
         elif value.numel() == 1:
             self.patient.losses.pop()  # an evaluation's tensors must not be kept alive
             if value.device.type == "cpu":
-                self._evaluation(_asked(call), value.item(), call.targets.numel())
+                self._evaluation(_asked(call), per_target(call), call.targets.numel())
         self.loop.emit("loss", call)
 
     def _training_loss(self, call: LossCall) -> None:
@@ -163,7 +163,22 @@ class Losses:
 
 def _asked(call: LossCall) -> str:
     """What the loss is of: the function, and the number of classes or of features."""
-    return f"{call.name} {call.reduction} of {call.logits.shape[1] if call.logits.dim() > 1 else 1}"
+    reduction = "mean" if _summed(call) else call.reduction
+    return f"{call.name} {reduction} of {call.logits.shape[1] if call.logits.dim() > 1 else 1}"
+
+
+def _summed(call: LossCall) -> bool:
+    """True for a sum over class targets, which a script divides by their number afterwards, or by that of a whole accumulated batch."""
+    return call.reduction == "sum" and call.name in _CLASSIFYING and not call.targets.is_floating_point()
+
+
+def per_target(call: LossCall) -> float:
+    """The scalar loss of `call`; of a sum over class targets, the mean over those that count. One pass over the targets."""
+    value = call.value.item()
+    if not _summed(call):
+        return value
+    counted = int((call.targets != call.ignore_index).sum())
+    return value / counted if counted else value
 
 
 def write_ignored(record: RecordWriter, call: LossCall) -> None:
