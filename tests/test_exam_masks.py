@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -325,3 +327,25 @@ def test_a_model_that_passes_nothing_between_positions_has_no_mask(ending: str) 
     found = answers(patient, loss_of(logits, targets), 0)
     assert found["target_offset"] == 1
     assert "past_blocked" not in found.readings
+
+
+class Zeroing(Model):
+    """Embeddings of id 0 are zeroed by a comparison in the forward."""
+
+    def forward(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        x = self.tokens(ids).masked_fill((ids == 0)[..., None], 0.0) + self.positions[: ids.shape[1]]
+        for layer in self.layers:
+            x = x + layer(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_id_that_is_compared_is_padding_only_where_it_fills_ends_alone(inside: bool) -> None:
+    ids, real = padded()
+    if inside:
+        ids[:, 3] = 0
+    patient, logits = patient_of(Zeroing("full"), ids)
+    labels = torch.randint(0, V, tuple(ids.shape)).masked_fill((real == 0) | (torch.rand(ids.shape) > 0.5), -100)
+    found = answers(patient, loss_of(logits, labels))
+    assert ("padding_influence" in found) is not inside

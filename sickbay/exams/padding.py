@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sickbay.exams.sequences import Lookup, Observation, distinct, is_position_like
 
 _SEGMENT_NAMES = ("token_type",)
+_COMPARED, _IGNORED = "a comparison in the forward", "the loss's ignore_index"
+_HINTS = (_COMPARED, _IGNORED)  # an ordinary token may be compared or ignored as well
 
 
 @dataclass
@@ -65,11 +67,19 @@ def find_padding(
             return padding
     for pad_id, known_by in _declared(ids, axis, group, seen, module, ignored):
         trailing, leading = end_runs(ids == pad_id)
+        if known_by in _HINTS and not _only_at_ends(ids == pad_id, trailing | leading):
+            continue
         sides = [side for side in (trailing, leading) if _varied(side)]
         if sides:
             mask = sides[0] if len(sides) == 1 or sides[0].sum() >= sides[1].sum() else sides[1]
             return Padding(mask, pad_id, known_by)
     return _by_statistics(ids)
+
+
+def _only_at_ends(hit: Tensor, ends: Tensor) -> bool:
+    """True where every one of at least two hits stands in a run at a row's end, rows that are all hits aside: others are tokens."""
+    inside = hit & ~ends & ~hit.all(1, keepdim=True)
+    return not bool(inside.any()) and int(ends.sum()) > 1
 
 
 def _varied(side: Tensor) -> bool:
@@ -115,9 +125,9 @@ def _declared(
     for tensor, constant in seen.compared:
         grid = oriented(tensor, tuple(group[0].ids.shape), axis) if tensor.dim() == 2 else None
         if grid is not None and torch.equal(grid.long(), ids):
-            found.append((constant, "a comparison in the forward"))
+            found.append((constant, _COMPARED))
     if ignored is not None and ignored >= 0:
-        found.append((ignored, "the loss's ignore_index"))
+        found.append((ignored, _IGNORED))
     return found
 
 
