@@ -47,6 +47,9 @@ PROBES = (
     "vocabulary",
 )
 
+# What others build on: the patient's handles, and the steps themselves.
+ALWAYS = frozenset(("losses", "gradients", "by_hand", "order", "parameters", "scaling", "exceptions"))
+
 
 class Watch:
     """One run under observation. `record`: where it is written; `checkup()`: what is found so far."""
@@ -78,9 +81,10 @@ class Watch:
             self._loop = None
             self._say("attach", problem)
             return
+        asked = self._asked_for()
         for name in PROBES:
-            self._attach_one(f"sickbay.probes.{name}", lambda module: module.attach(self._patient, self.record, self._loop))
-        self._attach_one("sickbay.examiner", lambda module: module.attach(self._patient, self.record, self._loop, self.settings.out))
+            self._attach_one(f"sickbay.probes.{name}", lambda module: module.attach(self._patient, self.record, self._loop), asked)
+        self._attach_one("sickbay.examiner", lambda module: module.attach(self._patient, self.record, self._loop, self.settings.out, asked))
         try:
             self.record.fact("watched", True)
             self._note_machine()
@@ -88,11 +92,23 @@ class Watch:
         except Exception as problem:
             self._loop.note_problem("watch", "attach", problem)
 
-    def _attach_one(self, module_name: str, attach: Callable[[Any], Callable[[], None]]) -> None:
+    def _asked_for(self) -> frozenset[str] | None:
+        """The signals that the chosen conditions read; None for all of them."""
+        if not self.settings.select and not self.settings.ignore:
+            return None
+        chosen = registry.chosen(self.settings.select, self.settings.ignore)
+        return frozenset(signal for condition in chosen for signal in (*condition.needs, *condition.uses))
+
+    def _attach_one(self, module_name: str, attach: Callable[[Any], Callable[[], None]], asked: frozenset[str] | None = None) -> None:
+        """What measures nothing that was asked for is not attached, and costs nothing."""
+        name = module_name.rsplit(".", 1)[-1]
         try:
-            self._detach.append(attach(importlib.import_module(module_name)))
+            module = importlib.import_module(module_name)
+            measures = {*getattr(module, "SIGNALS", ()), *getattr(module, "FEEDS", ())}
+            if asked is None or name in ALWAYS or module_name == "sickbay.examiner" or measures & asked:
+                self._detach.append(attach(module))
         except Exception as problem:
-            self._loop.note_problem(module_name.rsplit(".", 1)[-1], "attach", problem)
+            self._loop.note_problem(name, "attach", problem)
 
     def _say(self, event: str, problem: BaseException) -> None:
         """`problem` of the watch itself is in the report beside those of the loop."""

@@ -69,13 +69,17 @@ class Examiner:
 
     SIGNALS = SIGNALS
 
-    def __init__(self, patient: Patient, record: RecordWriter, loop: Loop, folder: str | None, asking: Asking) -> None:
+    def __init__(
+        self, patient: Patient, record: RecordWriter, loop: Loop, folder: str | None, asking: Asking, asked: frozenset[str] | None
+    ) -> None:
         self.patient, self.record, self.loop, self.folder = patient, record, loop, folder
         self._asked: weakref.WeakKeyDictionary[nn.Module, Asked] = weakref.WeakKeyDictionary()
         self._functional = Asked()
         self._lines = loss_lines.LossLines(told=self._operation)
         self._stretch = Stretch(self._lines.segments)
         self.asking = asking
+        self._masks = asked is None or bool(asked.intersection(masks.SIGNALS))
+        self._internals = asked is None or bool(asked.intersection(internals.SIGNALS))
         self._traces = 0
         self._traced_step = -1
         self._stepped_nonfinite = False
@@ -133,13 +137,18 @@ class Examiner:
     # --- questions --------------------------------------------------------------------------------------------------
     def _examine(self, asked: Asked, loss: Tensor | None) -> None:
         forwards, asked.forwards = asked.forwards, asked.forwards + 1
-        if asked.masks < len(_MASKS_AT) and forwards >= _MASKS_AT[asked.masks] and self._due(asked, forwards, asked.masks_cost):
+        if (
+            self._masks
+            and asked.masks < len(_MASKS_AT)
+            and forwards >= _MASKS_AT[asked.masks]
+            and self._due(asked, forwards, asked.masks_cost)
+        ):
             asked.masks += 1
             self._write(asked, masks.SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
             asked.masks_cost = max(asked.masks_cost, self.asking.cost)
             if {"target_offset", "row_influence"} <= asked.settled:
                 asked.masks = max(asked.masks, _MASKS_AT.index(20))
-        due = asked.internals < len(_INTERNALS_AT) and forwards >= _INTERNALS_AT[asked.internals]
+        due = self._internals and asked.internals < len(_INTERNALS_AT) and forwards >= _INTERNALS_AT[asked.internals]
         if due and self._due(asked, forwards, asked.internals_cost):
             asked.internals += 1
             self._write(asked, internals.SIGNALS, lambda: internals.examine(self.patient, self.record.step))
@@ -248,15 +257,17 @@ def _is_scaled(loss: Tensor, made: int) -> bool:
     return node is not None and int(node._sequence_nr()) == made
 
 
-def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | None) -> Callable[[], None]:
-    """From now on questions are asked when they are due."""
+def attach(
+    patient: Patient, record: RecordWriter, loop: Loop, folder: str | None, asked: frozenset[str] | None = None
+) -> Callable[[], None]:
+    """From now on questions are asked when they are due; only those that measure one of the signals `asked` for, if that is not None."""
     reason = can_fork()
     if reason and not torch.cuda.is_initialized():
         for signal in SIGNALS:
             record.unobserved(signal, reason)
         return lambda: None
     asking = Asking(patient, loop.note_problem)
-    examiner = Examiner(patient, record, loop, folder, asking)
+    examiner = Examiner(patient, record, loop, folder, asking, asked)
     for event in (
         "forward_begin",
         "forward_end",
@@ -274,7 +285,9 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, folder: str | Non
     detach = [examiner.detach]
     for name in EXAMS:
         try:
-            detach.append(importlib.import_module(f"sickbay.exams.{name}").attach(patient, record, loop, asking))
+            module = importlib.import_module(f"sickbay.exams.{name}")
+            if asked is None or {*getattr(module, "SIGNALS", ()), *getattr(module, "FEEDS", ())} & asked:
+                detach.append(module.attach(patient, record, loop, asking))
         except Exception as problem:
             loop.note_problem(name, "attach", problem)
 

@@ -12,6 +12,8 @@ from sickbay.exams import fork
 from sickbay.exams.asking import Asking
 from sickbay.patient import Patient
 
+FEEDS = ("scheduler_steps",)  # of the probe that asks
+
 _SECONDS = 5.0  # after which a function that answers a thousand times is given up
 _MOST = 4  # schedulers asked: each is a copy of the process, a few milliseconds
 

@@ -20,6 +20,7 @@ from sickbay.probes.losses import per_target
 from sickbay.probes.purse import Purse
 
 SIGNALS = ("ngram_loss",)
+FEEDS = ("generated_repetition", "generated_cross_entropy")  # judged against the counts made here
 
 SHARE = 0.0015  # of the run's time
 FIRST = 0.02  # seconds: about twenty looks at 2,000 tokens, so that a run of seconds is seen as well

@@ -28,6 +28,7 @@ from sickbay.probes.statements import Place, Statements, data_lines, idle_copies
 from sickbay.probes.unseen import unseen
 
 SIGNALS = ("step_seconds", "data_wait", "idle_copies")
+FEEDS = ("float64_gain", "loop_gain", "broadcast_gain", "attention_gain", "copy_share", "single_forwards")  # as shares of the step
 
 PHASES = ("forward", "backward", "optimizer")
 _SKIPPED = 3  # first steps: workers start, caches fill, memory is taken for the first time
@@ -174,7 +175,8 @@ class Phases:
             asleep = self._shared(asleep, process - passed.cpu)
         elif asleep >= _LONG and self.clock.exact:
             after = queued_seconds(worker) if worker else None
-            asleep = max(0.0, asleep - (after - queued)) if after is not None and queued is not None else 0.0
+            # A share, not a difference: while the training thread itself is queued, the worker goes on being queued.
+            asleep *= max(0.0, 1 - (after - queued) / passed.passed) if after is not None and queued is not None else 0.0
         elif asleep >= _LONG:
             asleep /= self._slowed()
         self._step.loader.add(passed.cpu, asleep)

@@ -21,6 +21,7 @@ from sickbay.patient import GRAPH_MARK, ForwardCall, Patient, tensors_in
 from sickbay.probes.loop import Loop
 
 SIGNALS = ("kept_graphs", "kept_outputs", "resident_memory")
+FEEDS = ("memory_holder",)  # of the exam that asks who holds what
 
 DUE = 10  # earlier steps whose graphs are all alive: nothing that a loop needs reaches back so far
 _REMEMBERED = 256
@@ -30,7 +31,7 @@ _OUTPUTS = 3  # tensors of one output that are followed
 _DEEP_EVERY = 2  # steps between marks at a graph's beginning, which whatever is kept of its middle keeps as well
 _HOPS = 1000
 _WINDOW = 5  # steps whose median memory is one point of the trend
-_SETTLED = 4  # first steps: optimizer state and the allocator's arenas are still being made
+_SETTLED = 16  # first steps: optimizer state, the allocator's arenas and our own tables are still being made
 _GROWTH = 5 << 20  # bytes over three windows that are worth a look
 _EVEN = 0.3  # a leak's growth is steady: the smaller of two increments is at least this share of the larger
 
