@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import results
 import torch
-from healthy import variants
+from healthy_reference import variants
 
 from sickbay.core.chart import Chart
 from sickbay.core.condition import Condition, checkup, reachable

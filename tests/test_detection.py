@@ -6,7 +6,7 @@ import math
 
 import pytest
 from detection import Outcome, observe, plant
-from healthy import variants
+from healthy_reference import variants
 
 from sickbay.reference.case import Case
 from sickbay.registry import conditions
