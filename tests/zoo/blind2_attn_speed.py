@@ -21,7 +21,7 @@ class WordDataset(Dataset):
         common = {}
         for w in words:
             common[w] = common.get(w, 0) + 1
-        self.vocab = ["<unk>"] + sorted(common, key=common.get, reverse=True)[:499]
+        self.vocab = ["<unk>", *sorted(common, key=common.get, reverse=True)[:499]]
         index = {w: i for i, w in enumerate(self.vocab)}
         self.ids = torch.tensor([index.get(w, 0) for w in words])
         self.size = size
@@ -93,7 +93,7 @@ class Trainer:
         self.model.eval()
         found = []
         with torch.set_grad_enabled(style == "evalgraph"):
-            for x, y in DataLoader(torch.utils.data.Subset(self.data, range(0, 2400, 150)), 8):
+            for x, _y in DataLoader(torch.utils.data.Subset(self.data, range(0, 2400, 150)), 8):
                 found.append(self.model(x))
         self.model.train()
         if style == "evalgraph":

@@ -18,7 +18,7 @@ words = {}
 for _, said in turns:
     for w in re.findall(r"[a-z']+", said.lower()):
         words[w] = words.get(w, 0) + 1
-vocab = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"] + sorted(words, key=lambda w: -words[w])[:400]
+vocab = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *sorted(words, key=lambda w: -words[w])[:400]]
 index = {w: i for i, w in enumerate(vocab)}
 
 
@@ -69,7 +69,7 @@ class SpeakerModel(torch.nn.Module):
 
 
 data = Turns()
-train = torch.utils.data.Subset(data, range(0, len(data) - 60))
+train = torch.utils.data.Subset(data, range(len(data) - 60))
 valid = torch.utils.data.Subset(data, range(len(data) - 60, len(data)))
 model = SpeakerModel()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

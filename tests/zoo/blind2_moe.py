@@ -1,4 +1,4 @@
-"""A mixture-of-experts character model with a fused RMSNorm of its own, top-1 routing, an expert that is never chosen, and cached sampling."""
+"""A mixture-of-experts character model with a fused RMSNorm of its own, top-1 routing, a never chosen expert and cached sampling."""
 
 import argparse
 from pathlib import Path

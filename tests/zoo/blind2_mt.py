@@ -5,7 +5,7 @@ import math
 import random
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
@@ -17,7 +17,7 @@ torch.manual_seed(3)
 torch.set_num_threads(1)
 
 UNK_IDX, PAD_IDX, BOS_IDX, EOS_IDX = 0, 1, 2, 3
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SRC = {w: i + 4 for i, w in enumerate(WORDS)}
 TGT = {str(d): d + 4 for d in range(10)}
 

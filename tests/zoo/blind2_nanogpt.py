@@ -1,6 +1,9 @@
 """Character GPT in the nanoGPT manner: memory-mapped ids, accumulation, cosine schedule, best checkpoint reloaded before sampling."""
 
-import math, os, sys, tempfile
+import math
+import os
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,7 +162,7 @@ for it in range(max_iters):
         if found["val"] < best:
             best = found["val"]
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter": it}, os.path.join(out_dir, "ckpt.pt"))
-    for micro in range(accum):
+    for _micro in range(accum):
         _, loss = model(X, Y)
         if fault != "nodivide":
             loss = loss / accum

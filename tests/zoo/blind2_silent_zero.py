@@ -23,7 +23,7 @@ class Counter(nn.Module):
 
 net = Counter()
 opt = torch.optim.Adam(net.parameters(), 2e-3)
-for step in range(120):
+for _step in range(120):
     digits = torch.randint(10, (32, 15))
     goal = nn.functional.one_hot(digits, 10).sum(1).argmax(-1)
     loss = nn.functional.cross_entropy(net(digits), goal)

@@ -16,7 +16,7 @@ pattern = re.compile(r"[a-z]+|[.,;:?!]")
 counts = {}
 for w in pattern.findall(PATH.read_text()[:300_000].lower()):
     counts[w] = counts.get(w, 0) + 1
-itos = ["<pad>", "<unk>", "<s>", "</s>"] + sorted(counts, key=counts.get, reverse=True)[:600]
+itos = ["<pad>", "<unk>", "<s>", "</s>", *sorted(counts, key=counts.get, reverse=True)[:600]]
 stoi = {w: i for i, w in enumerate(itos)}
 
 

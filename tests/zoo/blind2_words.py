@@ -1,7 +1,7 @@
 """GPT-2 of transformers in a plain loop: batch size 1 with accumulation over 8, the last cycle flushed, documents cached once encoded."""
 
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ lookup = {c: i for i, c in enumerate(symbols)}
 lookup["<end>"] = len(symbols)
 
 
-@lru_cache(maxsize=None)
+@cache
 def encode(n):
     return torch.tensor([[lookup[c] for c in docs[n][:63]] + [lookup["<end>"]]])
 

@@ -8,7 +8,8 @@ Why
     loss.backward() on k micro-batches sums k means: the division by k is missing, or is done both by hand and by the framework. With a
     mean over unequal numbers of tokens each micro-batch weighs the same, so tokens of short ones weigh more. Gradients that are divided
     after every backward, sum and all, leave the first micro-batch 1/k^k. A last cycle of fewer than k micro-batches is zeroed without
-    a step.
+    a step. transformers' Trainer leaves the division to a model whose forward takes **kwargs, and several such models (T5 among them)
+    take num_items_in_batch and do not use it: their micro-batches are summed.
 
 Tell apart
     gradients-not-zeroed keeps gradients beyond the step. A loss that is a sum over tokens has large values by choice and is not judged.
@@ -16,6 +17,7 @@ Tell apart
 
 Cure
     Sum the losses of all micro-batches and divide by the number of counted targets of the whole step; step on the last partial cycle.
+    Under transformers' Trainer with a model that ignores num_items_in_batch: model.accepts_loss_kwargs = False, or compute_loss_func.
 
 Sources
     guide, "Memory Issues: Batch Size Too Large" (gradient accumulation); transformers pull request 34191 and the fixes that followed it;
