@@ -15,12 +15,16 @@ from torch import nn
 
 from sickbay.cli.main import main
 from sickbay.core import plan
+from sickbay.core.reader import chart_of
+from sickbay.core.record import RecordWriter
 from sickbay.exams.footprint import kept_by, parts_of, without_memory
 from sickbay.exams.holders import census, grown, holder_of_graphs
 from sickbay.exams.reach import Reach, text_of
 from sickbay.exams.saved import by_block, saved_bytes
 from sickbay.exams.storing_lines import drops_elements, storing_line
-from sickbay.patient import GRAPH_MARK, Patient
+from sickbay.patient import GRAPH_MARK, ForwardCall, Patient
+from sickbay.probes import evaluation_memory
+from sickbay.probes.loop import Loop
 from sickbay.probes.retention import Mark
 
 HISTORY: list[Any] = []
@@ -85,6 +89,7 @@ def test_paths_lead_through_closures_attributes_and_slots() -> None:
 
     holder = Holder()
     holder.kept = {"a": [torch.zeros(1)]}
+
     def make() -> Any:
         hidden = torch.zeros(2)
         return lambda: hidden
@@ -163,3 +168,25 @@ def test_plan_prints_and_refuses(capsys: pytest.CaptureFixture[str], tmp_path: P
     ):
         assert main(["plan", *words]) == 2, words
         assert capsys.readouterr().err.startswith("sickbay plan: ")
+
+
+@pytest.mark.parametrize(("how", "rows"), [("joined", 21), ("listed", 24), ("reduced", 0)])
+def test_outputs_of_an_evaluation_are_seen_where_they_lie(how: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight batches of three rows; what is joined lacks the batch that has just come."""
+    monkeypatch.setattr(evaluation_memory, "_MANY", 1)
+    monkeypatch.setattr(evaluation_memory, "_WORTH", 1)
+    patient, record, model = Patient(), RecordWriter(tmp_path, 0), nn.Linear(4, 50)
+    probe = evaluation_memory.EvaluationMemory(patient, record, Loop(patient, record))
+    probe._trained.add(model)
+    kept: list[torch.Tensor] = []
+    for _ in range(8):
+        with torch.no_grad():
+            output = model(torch.ones(3, 5, 4))
+        probe.forward_end(ForwardCall(model, (), {}, False, False, torch.get_rng_state(), "eval.py:1"), output)
+        if how == "joined":
+            kept = [torch.cat([*kept, output])]
+        else:
+            kept.append(output if how == "listed" else output.argmax(-1))
+        del output
+    found = chart_of(record)["evaluation_outputs"]
+    assert (found[-1].value if found else 0) == rows * 5 * 50 * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ _MOST = 512
 _NODES = 100_000
 _WORTH = 8 << 20  # bytes of outputs below which it does not matter that they are kept
 _OUTPUTS = 3
+_MANY = 256 << 20  # bytes of outputs from which on it is worth a look (some hundredths of a second) whether copies of them are kept
 
 
 class _Forward:
@@ -41,6 +43,9 @@ class EvaluationMemory:
         self._pending: list[tuple[weakref.ref[_Forward], bool, str, int]] = []
         self._kept: dict[bool, int] = {True: 0, False: 0}
         self._outputs: list[tuple[int, StorageWeakRef]] = []
+        self._given_out = 0
+        self._form: tuple[int, int, torch.dtype] = (0, 0, torch.float32)
+        self._rows: list[int] = []  # of the outputs so far, added up
         self._evaluated = 0
         self._line = ""
         self._trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -76,20 +81,36 @@ class EvaluationMemory:
                 self._outputs.append((tensor.nbytes, StorageWeakRef(tensor.untyped_storage())))
         self._evaluated += 1
         self._line = call.source
+        largest = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
+        if largest is not None and largest.dim() > 1:
+            self._given_out += largest.nbytes
+            self._form = _form(largest)
+            self._rows.append(len(largest) + (self._rows[-1] if self._rows else 0))
         if self._evaluated >= _FEWEST and self._evaluated & (self._evaluated - 1) == 0:
             self._weigh()
 
     def _weigh(self) -> None:
         self._outputs = [(size, ref) for size, ref in self._outputs if not ref.expired()]
         alive = sum(size for size, _ in self._outputs)
-        if alive >= _WORTH and len(self._outputs) >= self._evaluated // 2:
+        if len(self._outputs) < self._evaluated // 2:
+            alive = self._joined() if self._given_out >= _MANY else 0
+        if alive >= _WORTH:
             self.record.read("evaluation_outputs", alive, note={"forwards": self._evaluated}, source=self._line)
+
+    def _joined(self) -> int:
+        """Bytes of the largest tensor whose rows are as many as those of the first outputs together: they were copied into one."""
+        joined = set(self._rows[1:])
+        return max(
+            (t.nbytes for t in gc.get_objects() if type(t) is Tensor and t.dim() > 1 and _form(t) == self._form and len(t) in joined),
+            default=0,
+        )
 
     def _evaluation_over(self) -> None:
         if self._evaluated >= _FEWEST:
             self._weigh()
-        self._evaluated = 0
+        self._evaluated = self._given_out = 0
         self._outputs.clear()
+        self._rows.clear()
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         self._evaluation_over()
@@ -114,6 +135,11 @@ class EvaluationMemory:
                 kept = min(self._kept[training], len(mine))
                 note = {"kept": kept, "bytes": max(entry[3] for entry in mine), "mode": "training" if training else "evaluation"}
                 self.record.read("evaluation_graphs", len(mine), note=note, source=mine[0][2])
+
+
+def _form(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    """What outputs keep when they are padded to one length and joined: number of dimensions, classes, type."""
+    return tensor.dim(), tensor.shape[-1], tensor.dtype
 
 
 def _reached(loss: Tensor) -> set[_Forward]:
