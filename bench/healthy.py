@@ -31,6 +31,7 @@ import results
 import torch
 
 import sickbay
+from sickbay.core.reader import load_chart
 from sickbay.reference import case as reference
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -73,7 +74,7 @@ def observe(name: str, steps: int) -> Outcome:
         except Exception as problem:
             failed = f"{type(problem).__name__}: {problem}"[:200]
         verdict = doctor.checkup()
-        problems = tuple(f"{each['probe']}: {each['error']}" for each in doctor._loop.problems)
+        problems = tuple(f"{each['probe']}: {each['error']}" for each in load_chart(folder).facts.get("problems", ()))
     said = [(diagnosis.severity, f"{diagnosis.condition}: {diagnosis.summary}") for diagnosis in verdict.diagnoses]
     alarms = tuple(text for severity, text in said if severity != "note")
     notes = tuple(text for severity, text in said if severity == "note")

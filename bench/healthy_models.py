@@ -220,7 +220,7 @@ def _bert(head: str, recipe: Recipe) -> nn.Module:
 
     config = transformers.BertConfig(
         vocab_size=vocabulary(), hidden_size=recipe.width, num_hidden_layers=recipe.layers, num_attention_heads=4,
-        intermediate_size=4 * recipe.width, max_position_embeddings=64, num_labels=2, pad_token_id=PAD,
+        intermediate_size=4 * recipe.width, max_position_embeddings=64, pad_token_id=PAD, num_labels=2,
     )  # fmt: skip
     model: nn.Module = getattr(transformers, f"BertFor{head}")(config)
     return model
