@@ -99,6 +99,12 @@ def test_data_bottleneck_needs_a_share_a_length_and_steps() -> None:
     assert "9 steps" in short.unexamined["data-bottleneck"]
 
 
+@pytest.mark.parametrize(("rows", "idle", "expected"), [(499, 0.1, True), (501, 0.1, False), (501, 0.9, True), (0, 0.1, True)])
+def test_stacking_finished_rows_is_no_bottleneck(rows: int, idle: float, expected: bool) -> None:
+    wait = reading("data_wait", 0.3, **{**WAIT, "rows": rows, "idle": idle})  # 30 ms, so 60 µs a row at 500 rows
+    assert (found("data-bottleneck", wait) is not None) is expected
+
+
 @pytest.mark.parametrize(
     ("note", "said"),
     [

@@ -85,7 +85,7 @@ _ROWS = (
     Signal("dead_units", "share of units", "module", "share of a ReLU's units that were zero for every input of a batch; note: units, all_dead_so_far", "the model has no ReLU"),
     # --- time -------------------------------------------------------------------------------------------------------
     Signal("step_seconds", "seconds", "run", "median time of a step without sickbay's own; note: forward, backward, optimizer (shares of it), steps", "too few steps were timed"),
-    Signal("data_wait", "share of step time", "run", "median share of a step spent waiting for or making its batch; note: seconds, step_seconds, loader, workers, dataset, idle (share of the wait without computing)", "too few steps were timed"),
+    Signal("data_wait", "share of step time", "run", "median share of a step spent waiting for or making its batch; note: seconds, step_seconds, loader, workers, dataset, idle (share of the wait without computing), rows (asked of loaders in a step, 0 = not known)", "too few steps were timed"),
     Signal("idle_copies", "share of step time", "run", "share of a step spent by lines between steps that copy into a name nobody reads; note: seconds, step_seconds", "too few steps were timed"),
     Signal("float64_gain", "share of step time", "run", "measured share of a step that float32 would save; note: seconds64, seconds32, elements", "no step was profiled"),
     Signal("loop_gain", "share of step time", "module", "measured share of a step that one batched call would save of a Python loop's calls; note: count, operation, loop_seconds, batched_seconds, rows", "no step was profiled"),

@@ -64,12 +64,13 @@ class Stretch:
 class Step:
     """Seconds of one step. `gap`: from the end of a step or backward to the next forward; `loader`: inside a DataLoader's next.
 
-    `wall`: all that passed, `queued`: those without a processor, `cpu`: the training thread's own.
+    `wall`: all that passed, `queued`: those without a processor, `cpu`: the training thread's own. `rows`: what loaders were asked for.
     """
 
     wall: float = 0.0
     cpu: float = 0.0
     queued: float = 0.0
+    rows: int = 0
     gap: Stretch = field(default_factory=Stretch)
     loader: Stretch = field(default_factory=Stretch)
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -180,6 +181,7 @@ class Phases:
         elif asleep >= _LONG:
             asleep /= self._slowed()
         self._step.loader.add(passed.cpu, asleep)
+        self._step.rows += getattr(getattr(iterator, "_index_sampler", None), "batch_size", None) or 0
         self._fetches = self._fetches.plus(passed)
         self.statements.excuse(passed.clear)
         if not self.fetching.source:
@@ -327,6 +329,7 @@ class Phases:
             "dataset": self.fetching.dataset if by_loader else "",
             "idle": round(1 - min(1.0, computed / spent), 3) if spent > 0 else 0.0,
             "steps": len(steps),
+            "rows": int(statistics.median(step.rows for step in steps)) if by_loader else 0,
         }
         share = spent / (spent + rest) if spent + rest > 0 else 0.0
         self.record.read("data_wait", share, note=note, source=self.fetching.source if by_loader else line)

@@ -48,7 +48,7 @@ class Windows(Dataset):
         elif FEED in ("slow-disk", "workers-slow-disk"):
             time.sleep(0.002 if FEED == "slow-disk" else 0.006)
         elif FEED == "workers-slow-items":
-            dig(3000)
+            dig(12_000)
         return window(random.randrange(len(IDS) - LENGTH - 1))
 
 

@@ -9,7 +9,8 @@ Why
 
 Tell apart
     The first steps, where workers start, and an epoch's beginning do not count; nor do evaluations and checkpoints between steps. In a tiny
-    model on toy data everything is overhead: the wait must also be long in itself.
+    model on toy data everything is overhead: the wait must also be long in itself, and a row must cost
+    more than being stacked with others.
 
 Cure
     Prepare the data once (token ids in a memory-mapped file), DataLoader workers with prefetch and persistent_workers, array operations
@@ -23,7 +24,7 @@ Sources
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sickbay.core.chart import Chart, Reading
@@ -35,6 +36,7 @@ SHARE = Threshold(
 )
 STEPS = Threshold(10, "steps", source="the median of fewer steps still holds the start of the pipeline")
 LONG = Threshold(0.003, "seconds", source="calibration: a healthy loader's collating of a small batch takes up to 2 ms on a busy machine")
+ROW = Threshold(6e-5, "seconds of computing a row", source="calibration: indexing tensors and stacking them takes 5 to 20 µs a row")
 MOSTLY_IDLE = Threshold(0.5, "share of the wait", source="more waiting than computing: it decides the words, not the verdict")
 
 
@@ -43,11 +45,16 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     reading = list(chart["data_wait"])[-1]
     if reading.note["steps"] < STEPS:
         return NotExamined(f"{reading.note['steps']} steps were timed after the start; this needs {STEPS:.0f}")
-    if reading.value < SHARE or reading.note["seconds"] < LONG:
+    if reading.value < SHARE or reading.note["seconds"] < LONG or _only_collates(reading.note):
         return None
     wait, step = reading.note["seconds"] * 1e3, reading.note["step_seconds"] * 1e3
     text = f"{reading.value:.0%} of each step ({wait:.1f} of {step:.1f} ms) goes into its batch: {_how(reading)}."
     return Diagnosis(text, (Evidence(reading, SHARE),), "warning", reading.step, reading.where, reading.source, seconds=reading.seconds)
+
+
+def _only_collates(note: Mapping[str, Any]) -> bool:
+    """True where the loader does little more than stack finished rows: a tiny model, not a slow loader, makes that a large share."""
+    return bool(note.get("rows")) and not note["workers"] and note["idle"] < MOSTLY_IDLE and note["seconds"] < ROW * note["rows"]
 
 
 def _how(reading: Reading) -> str:
