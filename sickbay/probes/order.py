@@ -78,7 +78,8 @@ class Order:
         self._norms_after_backward: dict[int, float] = {}
         self._divided_before_clip = 0.0
         self._divided_by_hand = 1.0
-        self._divided_between = False
+        self._left_between: list[float] = []
+        self._clipped = False
         self._kept: list[float] = []
         self._weighted_steps = 0
         self._backwards = 0
@@ -132,6 +133,7 @@ class Order:
             held_now = [parameter for optimizer in self._held for parameter in _with_gradient(optimizer)]
             norms = norms_of([parameter.grad for parameter in held_now if parameter.grad is not None], [])
             self._norms_after_backward = {id(p): norm / self.patient.scale for p, norm in zip(held_now, norms)}
+        self._clipped = False
 
     # --- steps --------------------------------------------------------------------------------------------------
     def optimizer_created(self, optimizer: Any) -> None:
@@ -168,7 +170,8 @@ class Order:
 
     def clip(self, total: Any, max_norm: float, parameters: list[Tensor]) -> None:
         before = self._norm_after_backward(parameters)
-        if before and math.isfinite(float(total)):
+        self._clipped = True
+        if before and math.isfinite(float(total)) and float(total) > max_norm:
             self._divided_before_clip = float(total) / self.patient.scale / before
 
     def scaler(self, scale: float, skipped: bool) -> None:
@@ -185,9 +188,12 @@ class Order:
         if not (self._micro and self._norms_after_backward):
             return
         held = [parameter for optimizer in self._held for parameter in _with_gradient(optimizer)]
-        before = self._norm_after_backward(held)
-        now = math.hypot(*norms_of([parameter.grad for parameter in held if parameter.grad is not None], [])) / self.patient.scale
-        self._kept.append(now / before if before else math.nan)
+        norms = norms_of([parameter.grad for parameter in held if parameter.grad is not None], [])
+        # Another network's gradients may have been zeroed meanwhile.
+        before = self._norm_after_backward([parameter for parameter, norm in zip(held, norms) if norm > 0])
+        now = math.hypot(*norms) / self.patient.scale
+        # A clip between them shrinks by what it meets; only what the script multiplies by its own hand is a weight.
+        self._kept.append(now / before if before and not self._clipped else math.nan)
 
     def _note_micro_batch(self, loss: Tensor | None) -> None:
         losses = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
@@ -228,15 +234,16 @@ class Order:
         if before:
             self._divided_by_hand = after or self.patient.norm_at_step / before
         self._weighted_steps += 1
-        # Divided by the number of micro-batches between any two of them: then the first is divided as often as there are others.
         if kept:
-            self._divided_between = len(kept) == len(micro) - 1 and all(abs(share * len(micro) - 1) < _SAME for share in kept)
-        left = [len(micro) ** -float(later) if self._divided_between else 1.0 for later in range(len(micro) - 1, -1, -1)]
+            known = len(kept) == len(micro) - 1 and all(share > 0 for share in kept)
+            self._left_between = kept if known else []
+        between = self._left_between if len(self._left_between) == len(micro) - 1 else []
+        left = [math.prod(between[number:]) for number in range(len(micro))]
         weights = [m.given / m.mean * self._divided_by_hand * share for m, share in zip(micro, left)]
         total, tokens = sum(weights), sum(m.counted for m in micro)
         worst = max(abs(w / total * tokens / m.counted - 1) for w, m in zip(weights, micro)) if total else math.inf
         note = {"count": len(micro), "weights": weights[:64], "tokens": [m.counted for m in micro][:64], "worst": worst}
-        if self._divided_between:
+        if between and all(abs(share * len(micro) - 1) < _SAME for share in between):
             note["divided_between"] = True
         held = max(self._everyone, key=lambda h: h.steps, default=self._by_hand)
         self.record.read("loss_weight_sum", total, note=note, source=held.sources[-1] if held.sources else "")
