@@ -78,6 +78,12 @@ def test_a_loss_above_pairs_is_a_note_and_below_them_is_none() -> None:
     assert verdict("undertrained-model", chart(train_loss=[2.5 * 1.05] * 30, ngram_loss=counted(2.5, 3.3))) is None
 
 
+def test_a_loss_that_is_a_sum_over_tokens_is_judged_by_its_mean() -> None:
+    above = finding("undertrained-model", chart(train_loss=[750 * 2.9] * 30, ngram_loss=counted(2.5, 3.3, model=2.9)))
+    assert "the loss is 2.9 nats" in above.summary
+    assert verdict("undertrained-model", chart(train_loss=[750 * 2.5] * 30, ngram_loss=counted(2.5, 3.3, model=2.5))) is None
+
+
 def test_a_long_run_that_has_not_learned_frequencies_is_a_warning_and_a_short_one_a_note() -> None:
     for steps, severity in ((300, "warning"), (299, "note")):
         found = finding("undertrained-model", chart(train_loss=[4.0] * steps, ngram_loss=counted(2.5, 3.3)))

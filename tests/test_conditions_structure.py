@@ -8,6 +8,7 @@ import pytest
 from charts import chart
 from verdicts import ask, found, read, unexamined
 
+from sickbay.conditions.convergence import poor_initialization
 from sickbay.core.chart import Chart, Reading
 
 # --- poor-initialization ----------------------------------------------------------------------------------------------
@@ -48,7 +49,9 @@ def test_clones() -> None:
         return ask("poor-initialization", chart(initial_gain=gains(0.6), clone_units=rows))
 
     assert verdict(units(0, True, constant=True)) is not None, "no one gives all matrices one value"
-    assert verdict(units(0, True, zero=True, constant=True, entry=0.0)) is not None
+    dead = poor_initialization.diagnose(chart(clone_units=units(0, True, zero=True, constant=True, entry=0.0)))
+    assert dead is not None
+    assert "missing-backward" in dead.explains, "every gradient behind zeros is zero"
     assert verdict([*units(0, True), *units(4, True)]) is not None
     assert verdict([*units(0, True), *units(4, False)]) is None, "what lies behind two zeros gets its gradient later"
     assert verdict(units(1, True)) is None, "too short to tell"

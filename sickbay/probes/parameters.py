@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from sickbay.probes.loop import Loop
 
 SIGNALS = ("missing_from_optimizer", "stale_in_optimizer", "gradient_absent", "tied_weights")
 
+_Pair = tuple[str, Tensor, str, Tensor]  # an embedding's name and weight, a linear layer's
 _LOOK_AT = (0, 1, 2, 5, 20, 100)
 _TIED = re.compile(r"(^|_)(tie|tied|tying|share|shared)(_|$)")
 _MAX_NAMES = 32
@@ -171,6 +173,7 @@ class Parameters:
         embeddings = [(name, m.weight) for name, m in root.named_modules() if isinstance(m, nn.Embedding)]
         heads = [(name, m.weight) for name, m in root.named_modules() if isinstance(m, nn.Linear)]
         pairs = [(a, e, b, h) for a, e in embeddings for b, h in heads if e.shape == h.shape and e.shape[0] != e.shape[1]]
+        pairs = _named_by_model(root, pairs)
         if not pairs:
             return
         declared = next(_declarations(root), "")
@@ -189,6 +192,17 @@ class Parameters:
                 declared = note["declared_by"]
         if declared:
             self.record.read("tied_weights", 0.0, where=f"{note['pair'][1]}.weight", note=note, source=user_line(5))
+
+
+def _named_by_model(root: nn.Module, pairs: list[_Pair]) -> list[_Pair]:
+    """`pairs` without layers of a model that names its output layer and names another: a classifier has an embedding's shape by chance."""
+    outputs, others = set(), set()
+    with contextlib.suppress(Exception):  # another library's method
+        for module in root.modules():
+            if callable(ask := getattr(module, "get_output_embeddings", None)):
+                others |= {id(weight) for weight in module.parameters()}
+                outputs.add(id(getattr(ask(), "weight", None)))
+    return [pair for pair in pairs if id(pair[3]) in outputs or id(pair[3]) not in others]
 
 
 def _declarations(root: nn.Module) -> Iterator[str]:

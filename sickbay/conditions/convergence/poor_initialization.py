@@ -61,6 +61,8 @@ def diagnose(chart: Chart) -> Diagnosis | None:
         where=worst.where,
         source=worst.source,
         certainty="confirmed" if worst.signal in ("clone_units", "initial_loss") else "likely",
+        # Behind matrices that are all zero every gradient is zero: to a step that looks as if backward had not run.
+        explains=("missing-backward", "missing-gradient", "update-not-applied") if worst.note.get("zero") else (),
     )
 
 

@@ -23,9 +23,10 @@ only, characters of English text: 1.5 to 2.0 nats and subwords 2.0 to 3.0 nats f
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from sickbay.core.chart import Chart
+from sickbay.core.chart import Chart, Reading, Series
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold, number
 from sickbay.core.robust import median
@@ -35,6 +36,7 @@ SINGLE = Threshold(
     1.05, "x loss of single tokens", source="how often tokens come is learned within some dozens of steps at any usable rate"
 )
 STRUCTURE = Threshold(0.95, "x loss of single tokens", source="noise gives pairs and triples no advantage over single tokens")
+SCALED = Threshold(2.0, "x", source="two losses of one step, both means over tokens, differ by a few percent; sums by the number of tokens")
 LONG = Threshold(300, "steps", source="ten times what learning the tokens' frequencies takes in small healthy runs")
 FEWEST, LAST = 4, 16  # readings: of the counts beside the model; of the end of the run
 
@@ -47,7 +49,8 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
         return NotExamined(f"{len(counted)} batches were held against counts of those before; this needs {FEWEST}")
     best = median([r.value for r in counted[-LAST:]])
     single = median([r.note["unigram"] for r in counted[-LAST:]])
-    level = median(losses.values[-LAST:])
+    factor = _per_token(counted, losses)
+    level, last = median(losses.values[-LAST:]) * factor, dataclasses.replace(losses[-1], value=losses[-1].value * factor)
     if best > STRUCTURE * single:
         return NotExamined("counts of pairs and triples of tokens find no structure in the data either")
     if level <= ABOVE * best:
@@ -55,9 +58,17 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     lost = level > SINGLE * single and len(losses) >= LONG
     which = f"single tokens alone gives {number(single)}" if level > SINGLE * single else f"neighbouring tokens gives {number(best)}"
     text = f"at the end the loss is {number(level)} nats per token; counting {which} on the same text."
-    evidence = (Evidence(losses[-1], best), Evidence(counted[-1], label="loss of counting"))
+    evidence = (Evidence(last, best), Evidence(counted[-1], label="loss of counting"))
     step, source = counted[-1].step, counted[-1].source
     return Diagnosis(text, evidence, "warning" if lost else "note", step, source=source, certainty="suspected")
+
+
+def _per_token(counted: list[Reading], losses: Series) -> float:
+    """By what the training loss is multiplied to be a mean over tokens; 1 unless it is a sum or scaled."""
+    given = {r.step: r.value for r in losses}
+    pairs = [(r.note["model"], given[r.step]) for r in counted if r.note.get("model") and given.get(r.step)]
+    factor = median([mean / value for mean, value in pairs]) if pairs else 1.0
+    return 1.0 if 1 / SCALED < factor < SCALED else factor
 
 
 def inject(case: Any) -> Any:
