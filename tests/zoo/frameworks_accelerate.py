@@ -49,7 +49,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 if args.defect == "newmodel":  # "start from clean weights"
     model = GPT2LMHeadModel(model.config)
 loader = DataLoader(numbers(960), batch_size=16, shuffle=args.defect != "fixed", collate_fn=collate)
-scheduler = get_scheduler("linear", optimizer, num_warmup_steps=5, num_training_steps=60)
+scheduler = get_scheduler("linear", optimizer, num_warmup_steps=5, num_training_steps=60 // args.accumulation)
 model, optimizer, loader, scheduler = acc.prepare(model, optimizer, loader, scheduler)
 model.train()
 for batch in loader:
