@@ -47,6 +47,8 @@ _NORMALISING = frozenset(
 _RECTIFYING = frozenset(("relu", "relu_", "threshold", "clamp_min", "clamp_min_"))
 _NO_BLOCKS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleDict)
 _ROWS = 4
+_MANY_ROWS = 64
+_MAX_ELEMENTS = 1 << 17
 _TIMEOUT = 30.0
 
 
@@ -120,9 +122,17 @@ def _line_in(name: str, operations: list[Operation]) -> str:
     return next((op.source for op in reversed(operations) if op.module == name and op.source), "")
 
 
+def _rows(call: ForwardCall) -> int:
+    """How many rows of the batch tell enough: a few of a sequence; of feature vectors and images, where each row is one input, more."""
+    whole = [tensor for _, tensor in tensors_in((call.args, call.kwargs)) if tensor.dim() > 0 and len(tensor) == batch_size(call)]
+    if not whole or not all(tensor.is_floating_point() for tensor in whole) or max(tensor.dim() for tensor in whole) not in (2, 4):
+        return _ROWS
+    return max(_ROWS, min(_MANY_ROWS, _MAX_ELEMENTS * len(whole[0]) // max(1, sum(tensor.numel() for tensor in whole))))
+
+
 def _forward(call: ForwardCall) -> list[Operation]:
-    rows = _ROWS if batch_size(call) > _ROWS else None
-    if rows is not None:
+    rows = _rows(call)
+    if rows < batch_size(call):
         try:
             return rerun(call, rows=rows)[1]
         except Exception:  # a forward with the batch size written into it

@@ -75,6 +75,7 @@ condition = Condition(
     diagnose=diagnose,
     prescribes=("keep-batch-axis",),
     leads_to=(
+        "loss-plateau",
         "causal-leak",
         "mask-blocks-past",
         "padding-attended",

@@ -94,6 +94,9 @@ condition = Condition(
     needs=("dead_units",),
     diagnose=diagnose,
     prescribes=("revive-relu",),
-    leads_to=("vanishing-gradients",),
+    leads_to=(
+        "loss-plateau",
+        "vanishing-gradients",
+    ),
     inject=inject,
 )

@@ -99,6 +99,6 @@ condition = Condition(
     needs=("gradient_absent",),
     diagnose=diagnose,
     prescribes=("reconnect-graph",),
-    leads_to=("repetitive-generation", "incoherent-generation"),
+    leads_to=("loss-plateau", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

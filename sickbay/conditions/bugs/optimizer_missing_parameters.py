@@ -91,6 +91,13 @@ condition = Condition(
     uses=("stale_in_optimizer",),
     diagnose=diagnose,
     prescribes=("register-parameters",),
-    leads_to=("missing-backward", "optimizer-not-stepped", "update-not-applied", "repetitive-generation", "incoherent-generation"),
+    leads_to=(
+        "loss-plateau",
+        "missing-backward",
+        "optimizer-not-stepped",
+        "update-not-applied",
+        "repetitive-generation",
+        "incoherent-generation",
+    ),
     inject=inject,
 )
