@@ -34,7 +34,7 @@ class Quantiser(nn.Module):
         q = self.codes[nearest]
         loss = F.mse_loss(q, z.detach()) + 0.25 * F.mse_loss(z, q.detach())
         if mode == "cut":
-            return q.detach(), loss * 0
+            return q.detach(), torch.zeros(())
         return z + (q - z).detach(), loss
 
 
