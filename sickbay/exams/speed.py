@@ -102,7 +102,7 @@ class Speed:
             return
         self._asked = len(_AT)
         self._settled = True
-        most = min(_MOST, max(0.3, expected))
+        most = min(_MOST, max(_SHORT, expected))
         singles = int(single) if single >= _SINGLE else 0
         answer = self.asking.ask(lambda: fork.ask(lambda: question(call, wide, singles, most), _MOST + 20))
         if isinstance(answer, fork.NoAnswer):
@@ -205,9 +205,10 @@ def question(call: ForwardCall, wide: bool, singles: int, most: float) -> dict[s
     if not profile.complete or not profile.operations:
         reasons.update(dict.fromkeys(SIGNALS[1:5], "the forward has too many operations to follow them all"))
     else:
+        # The copies come first: where there are none, they are answered from the profile at no cost.
+        ask(("copy_share",), lambda: copies.examine(call, profile))
         ask(("loop_gain",), lambda: loops.examine(profile, batch_size(call), op_profile.forward_seconds(call), most / 2))
         ask(("broadcast_gain", "attention_gain"), lambda: products.examine(profile, most / 8))
-        ask(("copy_share",), lambda: copies.examine(call, profile))
     profile = op_profile.Profile()
     ask(("throughput_gain",), lambda: _curve(call, seconds, most / 4))
     return {"readings": readings, "reasons": reasons}
