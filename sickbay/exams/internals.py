@@ -203,6 +203,7 @@ def _attention_readings(attention: Attention) -> list[dict[str, Any]]:
 
 def _dead_units(operations: list[Operation]) -> list[dict[str, Any]]:
     readings: list[dict[str, Any]] = []
+    calls: Counter[str] = Counter()
     for op in operations:
         if op.name not in _RECTIFYING or not op.outputs or op.outputs[0].dim() < 2:
             continue
@@ -215,5 +216,8 @@ def _dead_units(operations: list[Operation]) -> list[dict[str, Any]]:
             continue  # too few inputs to call a unit dead
         dead = (~alive).nonzero().reshape(-1).tolist()
         note = {"units": units, "dead": dead}
-        readings.append({"signal": "dead_units", "value": len(dead) / units, "where": op.module, "source": op.source, "note": note})
+        calls[op.module] += 1
+        # The second ReLU that one module calls is another layer, with a history of its own.
+        where = op.module if calls[op.module] == 1 else f"{op.module}#{calls[op.module]}"
+        readings.append({"signal": "dead_units", "value": len(dead) / units, "where": where, "source": op.source, "note": note})
     return readings

@@ -93,6 +93,7 @@ condition = Condition(
     prescribes=("register-parameters",),
     leads_to=(
         "loss-plateau",
+        "vanishing-gradients",
         "missing-backward",
         "optimizer-not-stepped",
         "update-not-applied",
