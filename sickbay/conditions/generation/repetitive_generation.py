@@ -33,7 +33,7 @@ from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
 SHARE = Threshold(0.5, "share of stretches", source="calibration: text drawn at temperature 0.7 to 1 stays below 0.15, loops exceed 0.6")
 LATE = Threshold(0.5, "share of steps", source="a sample drawn in the first half of training shows a model that is not finished")
 LEARNED = Threshold(0.9, "share of chance loss", source="above it the model has learned little more than which tokens are frequent")
-END = Threshold(0.98, "share of steps", source="text that training goes on after is a glimpse of how far the model has come, not its product")
+END = Threshold(0.98, "share of steps", source="text that training goes on after shows how far the model has come, not its product")
 GREEDY = Threshold(0.9, "share of tokens", source="at temperature 0.3 a trained model takes its first choice about so often")
 LAST_STEPS = 2  # the evaluation before the last step is the last one
 
