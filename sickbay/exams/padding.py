@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sickbay.exams.sequences import Lookup, Observation, distinct, is_position_like
 
+_RUN = 3  # of an id that stands inside rows as well: two in a row at an end are chance among few ids
 _SEGMENT_NAMES = ("token_type",)
 _COMPARED, _IGNORED = "a comparison in the forward", "the loss's ignore_index"
 _HINTS = (_COMPARED, _IGNORED)  # an ordinary token may be compared or ignored as well
@@ -67,9 +68,10 @@ def find_padding(
             return padding
     for pad_id, known_by in _declared(ids, axis, group, seen, module, ignored):
         trailing, leading = end_runs(ids == pad_id)
-        if known_by in _HINTS and not _only_at_ends(ids == pad_id, trailing | leading):
+        alone = _only_at_ends(ids == pad_id, trailing | leading)
+        if known_by in _HINTS and not alone:
             continue
-        sides = [side for side in (trailing, leading) if _varied(side)]
+        sides = [side for side in (trailing, leading) if _varied(side) and (alone or not _by_chance(side))]
         if sides:
             mask = sides[0] if len(sides) == 1 or sides[0].sum() >= sides[1].sum() else sides[1]
             return Padding(mask, pad_id, known_by)
@@ -80,6 +82,12 @@ def _only_at_ends(hit: Tensor, ends: Tensor) -> bool:
     """True where every one of at least two hits stands in a run at a row's end, rows that are all hits aside: others are tokens."""
     inside = hit & ~ends & ~hit.all(1, keepdim=True)
     return not bool(inside.any()) and int(ends.sum()) > 1
+
+
+def _by_chance(side: Tensor) -> bool:
+    """True for runs so short that an id which is also a token inside the rows may have made them, beside a start token of every row."""
+    lengths = side.sum(1)
+    return int(lengths.max() - lengths.min()) < _RUN
 
 
 def _varied(side: Tensor) -> bool:
