@@ -39,6 +39,7 @@ CLOSED = Threshold(
 ORDERED = Threshold(0.7, "rank correlation", source="a fade along depth is nearly monotone; one odd layer is not a fade")
 LASTING = Threshold(0.5, "share of steps", source="parts that start at zero have a gradient from the second step on")
 FEWEST, FEWEST_STEPS = 4, 5
+EARLY = 3  # matrices: a query, a key and a value
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
@@ -88,10 +89,13 @@ Found = tuple[Reading, float, Threshold]
 
 
 def _faded(profile: list[Reading], steps: list[dict[str, float]]) -> Found | None:
-    """The earliest matrix and its share, where gradients fall along depth beyond FADED in most steps."""
+    """The earliest matrix and its share, where gradients fall along depth beyond FADED in most steps.
+
+    All early matrices fade, then: queries and keys alone have next to no gradient while attention is still uniform.
+    """
     quarter = max(1, len(profile) // 4)
-    early, late = ([r.where for r in part] for part in (profile[:quarter], profile[-quarter:]))
-    ratios = [_middle(row, early) / _middle(row, late) for row in steps if _middle(row, late) > 0]
+    first, late = [r.where for r in profile[: max(EARLY, quarter)]], [r.where for r in profile[-quarter:]]
+    ratios = [max(row.get(name, 0.0) for name in first) / _middle(row, late) for row in steps if _middle(row, late) > 0]
     if sum(ratio < FADED for ratio in ratios) <= LASTING * len(ratios):
         return None
     typical = {r.where: median([row[r.where] for row in steps if r.where in row] or [0.0]) for r in profile}
