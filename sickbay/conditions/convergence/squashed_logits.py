@@ -41,10 +41,10 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     bounded = [r for r in chart["loss_floor"] if r.value > FLOOR * r.note.get("chance", math.inf)]
     if bounded:
         worst = max(bounded, key=lambda r: r.value / r.note["chance"])
-        end = chart["loss"].finite().values[-1:]
+        end = [last for last in chart["loss"].finite().values[-1:] if last > worst.value]  # other batches may have another floor
         return Diagnosis(
             summary=f"{worst.note['op']} keeps the logits between {number(worst.note['low'])} and {number(worst.note['high'])}: over "
-            f"{worst.note['classes']} classes the loss cannot get below {number(worst.value)}"
+            f"{worst.note['classes']} classes this batch's loss cannot get below {number(worst.value)}"
             + (f" (it ended at {number(end[0])})." if end else "."),
             evidence=(Evidence(worst, FLOOR * worst.note["chance"]),),
             severity="warning",
