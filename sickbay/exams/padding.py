@@ -12,8 +12,6 @@ from sickbay.exams.sequences import Lookup, Observation, distinct, is_position_l
 
 _RUN = 3  # of an id that stands inside rows as well: two in a row at an end are chance among few ids
 _SEGMENT_NAMES = ("token_type",)
-_COMPARED, _IGNORED = "a comparison in the forward", "the loss's ignore_index"
-_HINTS = (_COMPARED, _IGNORED)  # an ordinary token may be compared or ignored as well
 
 
 @dataclass
@@ -69,8 +67,6 @@ def find_padding(
     for pad_id, known_by in _declared(ids, axis, group, seen, module, ignored):
         trailing, leading = end_runs(ids == pad_id)
         alone = _only_at_ends(ids == pad_id, trailing | leading)
-        if known_by in _HINTS and not alone:
-            continue
         sides = [side for side in (trailing, leading) if _varied(side) and (alone or not _by_chance(side))]
         if sides:
             mask = sides[0] if len(sides) == 1 or sides[0].sum() >= sides[1].sum() else sides[1]
@@ -133,9 +129,9 @@ def _declared(
     for tensor, constant in seen.compared:
         grid = oriented(tensor, tuple(group[0].ids.shape), axis) if tensor.dim() == 2 else None
         if grid is not None and torch.equal(grid.long(), ids):
-            found.append((constant, _COMPARED))
+            found.append((constant, "a comparison in the forward"))
     if ignored is not None and ignored >= 0:
-        found.append((ignored, _IGNORED))
+        found.append((ignored, "the loss's ignore_index"))
     return found
 
 

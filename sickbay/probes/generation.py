@@ -57,7 +57,7 @@ class Corpus:
             return
         for name, ids in list(inputs.items())[:4]:
             size = self._sizes.get(name, 0)
-            if size >= _CORPUS or ids.device.type != "cpu":
+            if size >= _CORPUS or ids.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(ids):
                 continue
             grid = ids.detach()[None] if ids.dim() == 1 else ids.detach()
             rows = [row.astype(np.int64) for row in grid[:_CORPUS_ROWS].numpy().copy()]

@@ -57,9 +57,14 @@ def inject(case: Any) -> Any:
     build = case.build
 
     def build_without_dropout(sick: Any) -> Any:
-        model = build(sick.but(config=dataclasses.replace(sick.config, dropout=0.0)))
-        model.config = sick.config
-        return model
+        healthy: Any = type(build(sick))
+
+        class WithoutDropout(healthy):  # type: ignore[misc]
+            def __init__(self, config: Any) -> None:
+                super().__init__(dataclasses.replace(config, dropout=0.0))
+                self.config = config
+
+        return WithoutDropout(sick.config)
 
     return case.but(config=dataclasses.replace(case.config, dropout=0.1), build=build_without_dropout)
 

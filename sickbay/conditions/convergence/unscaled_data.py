@@ -41,7 +41,8 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     targets = [r for r in chart["target_rms"] if r.value > LARGE and r.note.get("output_rms", r.value) < OUT_OF_REACH * r.value]
     worst = max(inputs or targets, key=lambda r: r.value, default=None)
     if worst is None:
-        return None if len(chart["input_rms"]) or len(chart["target_rms"]) else NotExamined("the model reads no raw numbers, only ids")
+        seen = len(chart["input_rms"]) or len(chart["target_rms"])
+        return None if seen else NotExamined(chart.why_unobserved("input_rms") or "the model reads no raw numbers, only ids")
     return Diagnosis(
         summary=_summary(worst, bool(inputs)),
         evidence=(Evidence(worst, LARGE),),
