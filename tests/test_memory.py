@@ -102,10 +102,10 @@ def test_paths_lead_through_closures_attributes_and_slots() -> None:
 
 def test_lines_that_store_and_lines_that_drop(tmp_path: Path) -> None:
     file = tmp_path / "script.py"
-    file.write_text("kept = []\nfor i in range(3):\n    kept.append(i)\n    if i: kept.pop(0)\nbest = {}\nbest['x'] = 1\n")
+    file.write_text("kept = []\nfor i in range(3):\n    kept.append(i)\n    if i: kept.pop(0)\nrarest_yet = {}\nrarest_yet['x'] = 1\n")
     assert storing_line(("kept", "[0]"), str(file), "") == f"{file}:3"
-    assert storing_line(("best",), str(file), "") == f"{file}:6"
-    assert drops_elements(("kept",), str(file)) and not drops_elements(("best",), str(file))
+    assert storing_line(("rarest_yet",), str(file), "") == f"{file}:6"
+    assert drops_elements(("kept",), str(file)) and not drops_elements(("rarest_yet",), str(file))
 
 
 def test_saved_bytes_of_a_chain_are_those_computed_by_hand() -> None:

@@ -58,6 +58,9 @@ class Gradients:
                 self._shrink = max_norm / (norm + 1e-6)
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
+        rates = [float(group["lr"]) for group in optimizer.param_groups if isinstance(group.get("lr"), (int, float))]  # Adafactor has None
+        if rates:
+            self.record.read("learning_rate", max(rates), source=self._made_at.get(optimizer, ""))
         if self._clipped is not None and not self._pending:
             # Between close looks the norm that the script's own clipping found is all that is needed.
             self.patient.norm_at_step = total = self._clipped
@@ -67,9 +70,6 @@ class Gradients:
                 self.loop.emit("nonfinite", "gradient", None)
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        rates = [float(group["lr"]) for group in optimizer.param_groups if isinstance(group.get("lr"), (int, float))]  # Adafactor has None
-        if rates:
-            self.record.read("learning_rate", max(rates), source=self._made_at.get(optimizer, ""))
         dense = [p for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
         norms = norms_of([p.grad for p in dense if p.grad is not None], self._pending)
         norms, late_losses = norms[: len(dense)], norms[len(dense) :]
