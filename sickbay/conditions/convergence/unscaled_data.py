@@ -42,7 +42,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     worst = max(inputs or targets, key=lambda r: r.value, default=None)
     if worst is None:
         seen = len(chart["input_rms"]) or len(chart["target_rms"])
-        return None if seen else NotExamined(chart.why_unobserved("input_rms") or "the model reads no raw numbers, only ids")
+        return None if seen else NotExamined(chart.unobserved.get("input_rms", "the model reads no raw numbers, only ids"))
     return Diagnosis(
         summary=_summary(worst, bool(inputs)),
         evidence=(Evidence(worst, LARGE),),
