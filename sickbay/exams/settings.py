@@ -122,6 +122,8 @@ def compare(call: ForwardCall, held: tuple[str, Any], trials: list[tuple[str, An
                 shares.append(0.0 if _same(first, run(_with(config, name, other))) else 1.0)
             except Exception:  # another shape or a refusal: the setting is read
                 shares.append(1.0)
+            if shares[-1]:
+                break
         found.append({"name": name, "value": value, "tried": " or ".join(map(str, others)), "changed": max(shares)})
     return found
 

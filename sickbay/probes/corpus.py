@@ -22,7 +22,7 @@ from sickbay.probes.purse import Purse
 SIGNALS = ("ngram_loss",)
 FEEDS = ("generated_repetition", "generated_cross_entropy")  # judged against the counts made here
 
-SHARE = 0.003  # of the run's time
+SHARE = 0.0015  # of the run's time
 FIRST = 0.06  # seconds: about sixty looks at 2,000 tokens, so that a run of seconds is seen as well
 _MAX_TOKENS = 4096  # of one batch
 _MAX_ROWS = 1 << 16  # rows remembered as counted

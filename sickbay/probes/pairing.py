@@ -25,7 +25,7 @@ from sickbay.probes.purse import Purse
 
 SIGNALS = ("pairing_gain", "input_conflicts", "input_dependence")
 
-SHARE = 0.003  # of the run's time
+SHARE = 0.0015  # of the run's time
 FIRST = 0.02  # seconds: some dozens of looks, so that a run of seconds is seen as well
 _CLASSIFYING = ("cross_entropy", "nll_loss")
 

@@ -38,6 +38,7 @@ _REPORTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _WORTH_TRACING = 0.03  # share of the step between two steps, above which it is asked which of the script's lines take it
 _TRACED = 3  # stretches whose lines are timed
 _ATTEMPTS = 8
+_ASKED_EVERY = 4  # steps between two thoughts of tracing
 _IDLES = 3.0  # without a clock of the queue: a stretch this many times longer than its computing would have taken beside the step's rest
 _TRIMMED = 0.1  # share of the steps, those that waited longest: the start of an epoch, workers spinning up
 _LONG = 0.001  # seconds asleep in a loader with workers, above which it is asked whether they had a processor
@@ -268,7 +269,7 @@ class Phases:
     # --- which lines ----------------------------------------------------------------------------------------------------
     def _trace(self) -> None:
         """The lines up to the next forward are timed, where enough of the step passes between steps to be worth a look."""
-        if len(self._stretches) >= _TRACED or self._attempts >= _ATTEMPTS or len(self._steps) < _ENOUGH:
+        if self._count % _ASKED_EVERY or len(self._stretches) >= _TRACED or self._attempts >= _ATTEMPTS or len(self._steps) < _ENOUGH:
             return
         if statistics.median(s.gap.seconds / s.clear for s in self._steps) < _WORTH_TRACING:
             return

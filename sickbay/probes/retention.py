@@ -6,6 +6,7 @@ Nothing is kept alive by either.
 
 from __future__ import annotations
 
+import math
 import statistics
 import weakref
 from collections import deque
@@ -18,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import GRAPH_MARK, ForwardCall, Patient, tensors_in
+from sickbay.probes.heap import Heap
 from sickbay.probes.loop import Loop
 
 SIGNALS = ("kept_graphs", "kept_outputs", "resident_memory")
@@ -33,6 +35,7 @@ _HOPS = 1000
 _WINDOW = 5  # steps whose median memory is one point of the trend
 _SETTLED = 16  # first steps: optimizer state, the allocator's arenas and our own tables are still being made
 _GROWTH = 5 << 20  # bytes over three windows that are worth a look
+_USED = 0.3  # of that growth the allocator must have given out: the rest may be fragments
 _EVEN = 0.3  # a leak's growth is steady: the smaller of two increments is at least this share of the larger
 
 
@@ -55,7 +58,10 @@ class Retention:
         self._marks: deque[weakref.ref[Mark]] = deque(maxlen=_REMEMBERED)
         self._outputs: deque[tuple[int, int, StorageWeakRef]] = deque(maxlen=_REMEMBERED)
         self._resident: deque[tuple[int, int]] = deque(maxlen=3 * _WINDOW)
+        self._heap = Heap()
+        self._in_use: deque[int | None] = deque(maxlen=3)  # bytes at the end of each window
         self._rounds = 0
+        self._looked = 0
         self._told_graphs = 0
         self._last = -1
         self._page = 0
@@ -129,15 +135,24 @@ class Retention:
         if self._rounds <= _SETTLED:
             return
         self._resident.append((self._rounds, resident))
-        if len(self._resident) == 3 * _WINDOW and (self.loop.pace.every > 1 or self._rounds % _WINDOW == 0):
+        self._looked += 1
+        if self._looked % _WINDOW:
+            return
+        self._in_use.append(None if torch.cuda.is_initialized() else self._heap.bytes_in_use(resident))
+        if len(self._resident) == 3 * _WINDOW:
             values = [size for _, size in self._resident]
             rounds = self._resident[-1][0] - self._resident[0][0] + 1
             first, second, third = (statistics.median(values[i : i + _WINDOW]) for i in range(0, 3 * _WINDOW, _WINDOW))
             smaller, larger = sorted((second - first, third - second))
-            if smaller >= _EVEN * larger and third - first >= _GROWTH:
+            if smaller >= _EVEN * larger and third - first >= _GROWTH and self._given_out() >= _USED * (third - first):
                 steps, size = self.kept_outputs(step)
                 self.record.read("kept_outputs", size, note={"steps": steps})
                 self.loop.emit("memory_grows", 1.5 * (third - first) / rounds)
+
+    def _given_out(self) -> float:
+        """Bytes that the allocator gave out over the last two windows and that are in use; infinite where it cannot tell."""
+        first, last = self._in_use[0], self._in_use[-1]
+        return math.inf if first is None or last is None else last - first
 
     def _resident_bytes(self) -> int:
         """Bytes of the device's allocator where there is one in use, else of the process; 0 where neither can be told."""

@@ -17,31 +17,31 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 def arguments(call: ForwardCall) -> dict[str, Any]:
-    """The call's arguments by parameter name, None left out; positions stand for names where `forward` cannot be asked."""
-    try:
-        bound = _signature(type(bare(call.module))).bind(None, *call.args, **call.kwargs)
-    except (TypeError, ValueError):
-        return {**{str(place): value for place, value in enumerate(call.args)}, **call.kwargs}
-    found: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            found.update({f"*{place}": each for place, each in enumerate(value)})
-        else:
-            found[name] = value
-    return {name: value for name, value in found.items() if value is not None}
+    """The call's arguments by parameter name, None left out; positions stand for names that `forward` does not give."""
+    names = _positional(type(bare(call.module)))
+    named = {names[place] if place < len(names) else f"*{place - len(names)}": value for place, value in enumerate(call.args)}
+    return {name: value for name, value in (*named.items(), *call.kwargs.items()) if value is not None}
 
 
-_signatures: weakref.WeakKeyDictionary[type[nn.Module], inspect.Signature] = weakref.WeakKeyDictionary()
+def _positional(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what `kind.forward` takes by position, `self` left out."""
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in _taken(kind) if parameter.kind in by_position)
 
 
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
-    known = _signatures.get(kind)
-    if known is None:
-        known = _signatures[kind] = inspect.signature(kind.forward)
-    return known
+_known: weakref.WeakKeyDictionary[type[nn.Module], tuple[inspect.Parameter, ...]] = weakref.WeakKeyDictionary()
+
+
+def _taken(kind: type[nn.Module]) -> tuple[inspect.Parameter, ...]:
+    """What `kind.forward` takes, `self` left out, nothing where it cannot be asked; asked once of a class, as every call needs it."""
+    taken = _known.get(kind)
+    if taken is None:
+        try:
+            taken = tuple(inspect.signature(kind.forward).parameters.values())[1:]
+        except (TypeError, ValueError):
+            taken = ()
+        _known[kind] = taken
+    return taken
 
 
 def has_ids(call: ForwardCall) -> bool:
@@ -83,7 +83,4 @@ def at_position(logits: Tensor, rows: int, position: int, time_first: bool) -> T
 
 def forward_parameters(module: nn.Module) -> set[str]:
     """The names that `module`'s forward takes; empty where it cannot be asked."""
-    try:
-        return set(list(_signature(type(bare(module))).parameters)[1:])
-    except (TypeError, ValueError):
-        return set()
+    return {parameter.name for parameter in _taken(type(bare(module)))}
