@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sickbay.reference import train
 from sickbay.reference.case import Case
+from sickbay.reference.config import Config
 from sickbay.reference.data import Batch
-from sickbay.reference.model import Config
 
 PAD = 65  # the first id after the shipped text's characters
 

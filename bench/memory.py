@@ -21,7 +21,8 @@ from torch import nn
 
 from sickbay.core.plan import gibibytes
 from sickbay.exams.footprint import kept_by, parts_of, without_memory
-from sickbay.reference.model import Config, Transformer
+from sickbay.reference.config import Config
+from sickbay.reference.model import Transformer
 
 Build = Callable[[], nn.Module]
 

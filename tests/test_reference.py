@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from sickbay.reference import data, train
 from sickbay.reference.case import Case, run, shipped_corpus
+from sickbay.reference.config import Config
 from sickbay.reference.data import CharTokenizer
-from sickbay.reference.model import Config, Transformer
+from sickbay.reference.model import Transformer
 
 TINY = Config(dim=16, num_layers=2, num_heads=2, vocab_size=11, context=12)
 STYLES = [

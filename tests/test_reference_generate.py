@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sickbay.reference.config import Config
 from sickbay.reference.generate import Decoding, generate, keep_top_k, keep_top_p, next_token, penalise_repetition
-from sickbay.reference.model import Config, Transformer
+from sickbay.reference.model import Transformer
 
 LOGITS = st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=40).map(lambda values: torch.tensor([values]))
 

@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     out = args.out or Path("sickbay-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-train"
 
     from sickbay.reference import train
-    from sickbay.reference.model import Config
+    from sickbay.reference.config import Config
 
     earlier = _earlier(out, args.resume)
     try:

@@ -1,4 +1,4 @@
-"""How many bytes the C allocator has given out, without what it keeps in reserve: the resident size of a process grows with fragmentation too."""
+"""How many bytes the C allocator has given out, without its reserve: the resident size of a process grows by fragments too."""
 
 from __future__ import annotations
 

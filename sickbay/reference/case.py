@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.reference import data, train
+from sickbay.reference.config import Config
 from sickbay.reference.data import Batch
-from sickbay.reference.model import Config, Transformer
+from sickbay.reference.model import Transformer
 
 CORPUS_CHARACTERS = 100_000
 EVAL_BATCHES = 4

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
+from sickbay.reference.config import Config
 from sickbay.reference.data import CharTokenizer
-from sickbay.reference.model import Config, Transformer
+from sickbay.reference.model import Transformer
 
 FORMAT = 1
 PREFIX = "step-"

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sickbay.reference import checkpoint, data
-from sickbay.reference.model import Config, Transformer
+from sickbay.reference.config import Config
+from sickbay.reference.model import Transformer
 
 IGNORED = -100
 FUSED_ADAMW_DEVICES = ("cpu", "cuda")
