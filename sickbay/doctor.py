@@ -34,6 +34,7 @@ PROBES = (
     "parameters",
     "batches",
     "corpus",
+    "guessing",
     "pairing",
     "scaling",
     "schedules",

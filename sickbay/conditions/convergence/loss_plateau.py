@@ -72,9 +72,10 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
 
 
 def _guesses(chart: Chart) -> dict[str, float]:
-    """The loss of guessing, by how it is done: uniformly, and by the frequency of tokens where it was counted."""
+    """The loss of guessing, by how it is done: uniformly, and by the frequency of tokens or answers where it was counted."""
     single = median([r.note["unigram"] for r in chart["ngram_loss"] if r.note.get("unigram")][-SMOOTH:])
-    known = {"a uniform guess": chart["chance_loss"].median(), "guessing by frequency": single}
+    answers = next((r.value for r in reversed(chart["frequency_loss"])), 0.0)
+    known = {"a uniform guess": chart["chance_loss"].median(), "guessing by frequency": single if single > 0 else answers}
     return {how: guess for how, guess in known.items() if guess > 0}
 
 
@@ -109,7 +110,7 @@ condition = Condition(
     id="loss-plateau",
     symptom="the loss stands still at what guessing gives, and nothing better explains it",
     needs=("loss",),
-    uses=("learning_rate", "chance_loss", "ngram_loss"),
+    uses=("learning_rate", "chance_loss", "frequency_loss", "ngram_loss"),
     diagnose=diagnose,
     prescribes=("overfit-ten-examples",),
     leads_to=("repetitive-generation", "incoherent-generation"),
