@@ -1,10 +1,9 @@
-"""Text to token batches: a character tokenizer, tokens in a memory-mapped file, and batches known by their number."""
+"""Text to token batches: tokens in a memory-mapped file, and batches known by their number."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,56 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sickbay.reference.tokenizer import CharTokenizer as CharTokenizer
+
 TRAIN_TENTHS = 9
 CHUNK = 1 << 20
 Tokens = npt.NDArray[Any]
 Batch = tuple[Tensor, Tensor]
-
-
-class CharTokenizer:
-    """One id per character, in the order of `characters`."""
-
-    def __init__(self, characters: str) -> None:
-        if len(set(characters)) != len(characters) or not characters:
-            raise ValueError(f"characters must be distinct and at least one; got {characters!r}")
-        self.characters = characters
-        self._id_of = {character: number for number, character in enumerate(characters)}
-
-    @classmethod
-    def of_text(cls, path: Path) -> CharTokenizer:
-        """The tokenizer of the UTF-8 file at `path`, its characters sorted. Raises OSError, UnicodeDecodeError, ValueError (empty)."""
-        seen: set[str] = set()
-        for chunk in read_chunks(path):
-            seen.update(chunk)
-        if not seen:
-            raise ValueError(f"{path} is empty")
-        return cls("".join(sorted(seen)))
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.characters)
-
-    def encode(self, text: str) -> npt.NDArray[np.int64]:
-        """Ids `(len(text),)`. Raises ValueError naming the first character without an id."""
-        try:
-            return np.fromiter((self._id_of[character] for character in text), dtype=np.int64, count=len(text))
-        except KeyError as missing:
-            character = missing.args[0]
-            raise ValueError(f"{character!r} (character {text.index(character)}) is not among the tokenizer's {self.vocab_size}") from None
-
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """The text of `ids`. Raises IndexError for an id beyond the vocabulary and ValueError for a negative one."""
-        numbers = [int(number) for number in ids]
-        if any(number < 0 for number in numbers):
-            raise ValueError(f"ids must not be negative; the least is {min(numbers)}")
-        return "".join(self.characters[number] for number in numbers)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"kind": "characters", "characters": self.characters}) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> CharTokenizer:
-        return cls(json.loads(path.read_text(encoding="utf-8"))["characters"])
 
 
 def read_chunks(path: Path) -> Iterator[str]:
