@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from sickbay.reference.blocks import Block, make_norm, rotation_at
 from sickbay.reference.cache import Cache
 from sickbay.reference.config import Config
-
-INIT_STD = 0.02  # Radford et al. 2019 (GPT-2), section 2.3
+from sickbay.reference.initialise import initialise
 
 
 class Transformer(nn.Module):
-    """`ids (B, T)` to next-token `logits (B, T, V)`, weights drawn as in GPT-2 from torch's current random state."""
+    """`ids (B, T)` to next-token `logits (B, T, V)`, weights drawn from torch's current random state."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -29,10 +26,14 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.token_embedding.weight
-        self._initialise()
+        initialise(self, config, writes=2 * config.num_layers)
 
     def forward(self, ids_BT: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Logits `(B, T, V)` for the token after each position of `ids_BT` `(B, T)` int64.
+        """Logits `(B, T, V)` for the token after each position of `ids_BT`; arguments and errors as of `hidden`."""
+        return self.logits(self.hidden(ids_BT, documents, cache))
+
+    def hidden(self, ids_BT: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the blocks make of `ids_BT` `(B, T)` int64, normalised: `(B, T, D)`.
 
         `documents` `(B, T)`: number of the document each token of a packed row belongs to, each a contiguous stretch;
         tokens then see their own document only and positions restart with it. `cache`: the positions before `ids_BT`, which
@@ -52,31 +53,28 @@ class Transformer(nn.Module):
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions)
         else:
-            rotation = rotation_at(positions, self.config.head_dim)
+            rotation = rotation_at(positions, self.config.head_dim, self.config.rotary_base)
         x_BTD = self.dropout(x_BTD)
         for number, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, visible_B1TS, rotation, None if cache is None else cache.layers[number])
-        logits_BTV: Tensor = self.head(self.final_norm(x_BTD))
+        normed_BTD: Tensor = self.final_norm(x_BTD)
+        return normed_BTD
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits `(B, T, V)` of `hidden`'s positions; generation asks for the last alone."""
+        logits_BTV: Tensor = self.head(hidden_BTD)
         if self.config.logit_softcap is not None:
             logits_BTV = self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
         return logits_BTV
 
-    def _initialise(self) -> None:
-        """Normal(0, 0.02), biases 0; what writes to the residual stream 1/sqrt(2 x layers) of that: its variance stays as layers add up."""
-        for name, weight in self.named_parameters():
-            writes = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
-            if name.endswith("bias") or (writes and self.config.zero_outputs):
-                nn.init.zeros_(weight)
-            elif weight.dim() >= 2:
-                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * self.config.num_layers) if writes else INIT_STD)
 
-
-def visibility(ids_BT: Tensor, documents_BT: Tensor | None, pad_id: int | None) -> Tensor | None:
-    """`(B, 1, T, T)`, True where query t may look at key s: not later, not padding, same document. None = the causal triangle alone."""
+def visibility(ids_BT: Tensor, documents_BT: Tensor | None, pad_id: int | None, causal: bool = True) -> Tensor | None:
+    """`(B, 1, T, T)`, True where query t may look at key s: same document, not padding, not later if `causal`. None = no other limit."""
     if documents_BT is None and pad_id is None:
         return None
     T = ids_BT.shape[1]
-    visible_B1TT = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).tril().expand(len(ids_BT), 1, T, T)
+    visible_TT = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device)
+    visible_B1TT = (visible_TT.tril() if causal else visible_TT).expand(len(ids_BT), 1, T, T)
     if documents_BT is not None:
         visible_B1TT = visible_B1TT & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
     if pad_id is not None:
