@@ -17,6 +17,8 @@ from sickbay.reference import train
 from sickbay.reference.case import Case
 from sickbay.reference.config import Config
 from sickbay.reference.data import Batch
+from sickbay.reference.optimizer import set_learning_rate
+from sickbay.reference.schedule import learning_rate_at
 
 PAD = 65  # the first id after the shipped text's characters
 
@@ -106,12 +108,12 @@ OPTIMIZERS: dict[str, tuple[Callable[[Case, nn.Module], torch.optim.Optimizer], 
 
 def _warm_restarts(case: Case, optimizer: torch.optim.Optimizer, step: int) -> None:
     period = 20
-    rate = train.learning_rate_at(step % period, peak=case.learning_rate, floor=case.learning_rate / 20, warmup=0, steps=period)
-    train.set_learning_rate(optimizer, rate)
+    rate = learning_rate_at(step % period, peak=case.learning_rate, floor=case.learning_rate / 20, warmup=0, steps=period)
+    set_learning_rate(optimizer, rate)
 
 
 SCHEDULES: dict[str, Callable[[Case, torch.optim.Optimizer, int], None]] = {
-    "constant learning rate": lambda case, optimizer, step: train.set_learning_rate(optimizer, case.learning_rate),
+    "constant learning rate": lambda case, optimizer, step: set_learning_rate(optimizer, case.learning_rate),
     "warm restarts": _warm_restarts,
 }
 

@@ -20,6 +20,9 @@ from sickbay.reference.case import Case, run, shipped_corpus
 from sickbay.reference.config import Config
 from sickbay.reference.data import CharTokenizer
 from sickbay.reference.model import Transformer
+from sickbay.reference.optimizer import make_adamw
+from sickbay.reference.recipe import Recipe
+from sickbay.reference.schedule import learning_rate_at
 
 TINY = Config(dim=16, num_layers=2, num_heads=2, vocab_size=11, context=12)
 STYLES = [
@@ -146,7 +149,7 @@ def test_an_impossible_config_is_refused_with_field_value_and_range(change: dict
 )
 def test_an_impossible_recipe_is_refused_with_field_value_and_range(change: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ValueError) as refusal:
-        train.Recipe(**change)
+        Recipe(**change)
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
@@ -158,7 +161,7 @@ def test_more_positions_than_the_context_are_refused() -> None:
 @given(st.integers(0, 10_000), st.integers(0, 300), st.integers(1, 3000))
 def test_the_schedule_rises_falls_and_stays_at_its_floor(step: int, warmup: int, steps: int) -> None:
     def rate(at: int) -> float:
-        return train.learning_rate_at(at, peak=1e-3, floor=1e-4, warmup=warmup, steps=steps)
+        return learning_rate_at(at, peak=1e-3, floor=1e-4, warmup=warmup, steps=steps)
 
     assert 0 < rate(step) <= 1e-3
     if step + 1 < warmup:
@@ -233,7 +236,7 @@ def test_a_text_too_short_for_the_context_is_refused() -> None:
 def test_decay_is_on_matrices_only_and_every_trainable_parameter_is_there_once() -> None:
     model = Transformer(TINY)
     model.position_frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
-    optimizer = train.make_optimizer(model, learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    optimizer = make_adamw(model, learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     for group in optimizer.param_groups:
         assert {parameter.dim() >= 2 for parameter in group["params"]} == {group["weight_decay"] > 0}
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]

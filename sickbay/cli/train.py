@@ -83,11 +83,12 @@ def main(args: argparse.Namespace) -> int:
 
     from sickbay.reference import train
     from sickbay.reference.config import Config
+    from sickbay.reference.recipe import Recipe
 
     earlier = _earlier(out, args.resume)
     try:
         # The whole command is checked before anything is written.
-        recipe = _continued(earlier, shape, chosen) if earlier else train.Recipe(**_with_floor(chosen))
+        recipe = _continued(earlier, shape, chosen) if earlier else Recipe(**chosen)
         config = earlier.config if earlier else Config(**shape)
         device = _device(args.device)
         corpus = _corpus(args.text, out, config.context, earlier)
@@ -117,13 +118,6 @@ def _given(args: argparse.Namespace, options: tuple[tuple[str, Any, str], ...]) 
     return {_FIELD.get(name, name): getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _with_floor(chosen: dict[str, Any]) -> dict[str, Any]:
-    """`chosen` with a tenth of a given learning rate as its floor, unless a floor was given too."""
-    if "learning_rate" in chosen and "min_learning_rate" not in chosen:
-        return {**chosen, "min_learning_rate": chosen["learning_rate"] / 10}
-    return chosen
-
-
 def _earlier(out: Path, resume: bool) -> State | None:
     """The checkpoint to go on from, None for a new run. Raises UsageError where the two cannot be told apart safely."""
     from sickbay.reference import checkpoint
@@ -144,7 +138,7 @@ def _earlier(out: Path, resume: bool) -> State | None:
 
 def _continued(earlier: State, shape: dict[str, Any], chosen: dict[str, Any]) -> Any:
     """The recipe of `earlier`, only --steps (and what does not touch the numbers) changed. Raises UsageError otherwise."""
-    from sickbay.reference.train import Recipe
+    from sickbay.reference.recipe import Recipe
 
     recorded = {**dataclasses.asdict(earlier.config), **earlier.recipe}
     free = ("steps", "eval_every", "save_every")

@@ -22,6 +22,8 @@ from sickbay.reference import data, train
 from sickbay.reference.config import Config
 from sickbay.reference.data import Batch
 from sickbay.reference.model import Transformer
+from sickbay.reference.optimizer import make_adamw, set_learning_rate
+from sickbay.reference.schedule import learning_rate_at
 
 CORPUS_CHARACTERS = 100_000
 EVAL_BATCHES = 4
@@ -47,14 +49,12 @@ def _build(case: Case) -> nn.Module:
 
 
 def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
-    return train.make_optimizer(model, learning_rate=case.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    return make_adamw(model, learning_rate=case.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
 
 def _set_learning_rate(case: Case, optimizer: torch.optim.Optimizer, step: int) -> None:
     floor = case.learning_rate * MIN_LEARNING_RATE_SHARE
-    train.set_learning_rate(
-        optimizer, train.learning_rate_at(step, peak=case.learning_rate, floor=floor, warmup=case.warmup, steps=case.steps)
-    )
+    set_learning_rate(optimizer, learning_rate_at(step, peak=case.learning_rate, floor=floor, warmup=case.warmup, steps=case.steps))
 
 
 def _batches(case: Case, split: str) -> Iterator[Batch]:

@@ -6,22 +6,40 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sickbay.reference.demand import demand, is_count, is_number
+
 Norm = Literal["layernorm", "rmsnorm"]
 NormPlace = Literal["pre", "post"]
 Positions = Literal["learned", "rotary"]
-Activation = Literal["gelu", "swiglu", "relu", "relu2"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu", "relu2"]
+Init = Literal["gpt2", "xavier"]
 
 
 @dataclass(frozen=True)
 class Config:
     """The shape of a transformer; a value that no model can have raises ValueError naming field, value and range.
 
-    `num_kv_heads`: heads of keys and values, each shared by a group of query heads (Ainslie et al. 2023), None = num_heads.
-    `ffn_dim`: None = 4 x dim. `context`: most positions of one row. `activation` "relu2" is ReLU squared (So et al. 2021).
-    `bias`: of linear layers and norms. `qk_norm`: queries and keys of each head are normalised (Henry et al. 2020).
-    `logit_softcap`: logits are squashed smoothly into +- this (Gemma 2, 2024), None = not. `zero_outputs`: what writes to the
-    residual stream starts at zero, so that each block starts as the identity. `pad_id`: None = no id is padding; otherwise
-    attention ignores keys with that id and the loss ignores targets with it.
+    `dim`: width of the residual stream.
+    `num_layers`: blocks.
+    `num_heads`: attention heads, each dim / num_heads wide.
+    `num_kv_heads`: heads of keys and values, each shared by a group of query heads (Ainslie et al. 2023); none = num_heads.
+    `ffn_dim`: width inside the feed-forward part; none = 4 x dim.
+    `vocab_size`: ids.
+    `context`: most positions of one row.
+    `dropout`: share of activations dropped in training.
+    `norm`: of mean square, or of mean and variance.
+    `norm_place`: before each part, or after its sum.
+    `norm_eps`: added to the variance.
+    `positions`: how they are told: turning queries and keys (Su et al. 2021), or a learned vector each.
+    `rotary_base`: the longest wavelength of rotary positions is 2 pi times this, in positions.
+    `activation`: of the feed-forward part; gelu_tanh is GPT-2's approximation (Hendrycks & Gimpel 2016), relu2 is squared (So et al. 2021).
+    `bias`: linear layers and norms have one.
+    `qk_norm`: queries and keys of each head are normalised (Henry et al. 2020).
+    `logit_softcap`: logits are squashed smoothly into +- this (Gemma 2, 2024); none = not.
+    `zero_outputs`: what writes to the residual stream starts at zero, so that each block starts as the identity.
+    `tied_embeddings`: the head uses the embedding's matrix.
+    `init`: how weights are drawn, told in initialise.py.
+    `pad_id`: the id that attention and loss ignore; none = no id is padding.
     """
 
     dim: int = 128
@@ -34,34 +52,40 @@ class Config:
     dropout: float = 0.0
     norm: Norm = "rmsnorm"
     norm_place: NormPlace = "pre"
+    norm_eps: float = 1e-5
     positions: Positions = "rotary"
+    rotary_base: float = 10_000.0
     activation: Activation = "gelu"
     bias: bool = False
     qk_norm: bool = False
     logit_softcap: float | None = None
     zero_outputs: bool = False
     tied_embeddings: bool = True
+    init: Init = "gpt2"
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("dim", "num_layers", "num_heads", "vocab_size", "context"):
-            _demand(field, getattr(self, field), _is_count(getattr(self, field)), "an integer of at least 1")
-        _demand("ffn_dim", self.ffn_dim, self.ffn_dim is None or _is_count(self.ffn_dim), "None (4 x dim) or an integer of at least 1")
+            demand(field, getattr(self, field), is_count(getattr(self, field)), "an integer of at least 1")
+        demand("ffn_dim", self.ffn_dim, self.ffn_dim is None or is_count(self.ffn_dim), "None (4 x dim) or an integer of at least 1")
         divides = self.dim % self.num_heads == 0
-        _demand("num_heads", self.num_heads, divides, f"a divisor of dim={self.dim}")
-        shared = self.num_kv_heads is None or (_is_count(self.num_kv_heads) and self.num_heads % self.num_kv_heads == 0)
-        _demand("num_kv_heads", self.num_kv_heads, shared, f"None or a divisor of num_heads={self.num_heads}")
+        demand("num_heads", self.num_heads, divides, f"a divisor of dim={self.dim}")
+        shared = self.num_kv_heads is None or (is_count(self.num_kv_heads) and self.num_heads % self.num_kv_heads == 0)
+        demand("num_kv_heads", self.num_kv_heads, shared, f"None or a divisor of num_heads={self.num_heads}")
         even = self.positions != "rotary" or self.head_dim % 2 == 0
-        _demand("num_heads", self.num_heads, even, f"such that dim/num_heads is even with rotary positions (it is {self.head_dim})")
-        _demand("dropout", self.dropout, _is_number(self.dropout) and 0 <= self.dropout < 1, "at least 0 and below 1")
-        for field, kind in (("norm", Norm), ("norm_place", NormPlace), ("positions", Positions), ("activation", Activation)):
-            _demand(field, getattr(self, field), getattr(self, field) in get_args(kind), f"one of {', '.join(get_args(kind))}")
-        capped = self.logit_softcap is None or (_is_number(self.logit_softcap) and 0 < self.logit_softcap < math.inf)
-        _demand("logit_softcap", self.logit_softcap, capped, "None or above 0 and finite")
+        demand("num_heads", self.num_heads, even, f"such that dim/num_heads is even with rotary positions (it is {self.head_dim})")
+        demand("dropout", self.dropout, is_number(self.dropout) and 0 <= self.dropout < 1, "at least 0 and below 1")
+        choices = {"norm": Norm, "norm_place": NormPlace, "positions": Positions, "activation": Activation, "init": Init}
+        for field, kind in choices.items():
+            demand(field, getattr(self, field), getattr(self, field) in get_args(kind), f"one of {', '.join(get_args(kind))}")
+        demand("rotary_base", self.rotary_base, is_number(self.rotary_base) and 1 < self.rotary_base < math.inf, "above 1 and finite")
+        demand("norm_eps", self.norm_eps, is_number(self.norm_eps) and 0 < self.norm_eps < 1, "above 0 and below 1")
+        capped = self.logit_softcap is None or (is_number(self.logit_softcap) and 0 < self.logit_softcap < math.inf)
+        demand("logit_softcap", self.logit_softcap, capped, "None or above 0 and finite")
         for field in ("bias", "qk_norm", "zero_outputs", "tied_embeddings"):
-            _demand(field, getattr(self, field), isinstance(getattr(self, field), bool), "True or False")
+            demand(field, getattr(self, field), isinstance(getattr(self, field), bool), "True or False")
         in_range = self.pad_id is None or (isinstance(self.pad_id, int) and 0 <= self.pad_id < self.vocab_size)
-        _demand("pad_id", self.pad_id, in_range, f"None or an id from 0 to {self.vocab_size - 1}")
+        demand("pad_id", self.pad_id, in_range, f"None or an id from 0 to {self.vocab_size - 1}")
 
     @property
     def head_dim(self) -> int:
@@ -76,16 +100,3 @@ class Config:
     def hidden_dim(self) -> int:
         """Width inside the feed-forward block."""
         return 4 * self.dim if self.ffn_dim is None else self.ffn_dim
-
-
-def _demand(field: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{field} is {value!r}; it must be {allowed}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -20,87 +20,11 @@ from torch.nn import functional
 from sickbay.reference import checkpoint, data
 from sickbay.reference.config import Config
 from sickbay.reference.model import Transformer
+from sickbay.reference.optimizer import make_optimizer, set_learning_rate
+from sickbay.reference.recipe import Recipe
+from sickbay.reference.schedule import scheduled
 
 IGNORED = -100
-FUSED_ADAMW_DEVICES = ("cpu", "cuda")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are nanoGPT's recipe for a CPU. A value outside its range raises ValueError with field, value and range.
-
-    `steps`: optimizer steps. `batch_size`: rows of one micro-batch; `accumulation`: micro-batches of one step.
-    `warmup`: steps of linear rise. `clip`: global L2 norm, None = never. `eval_every`: steps, 0 = only at the end;
-    `eval_rows`: validation windows of an evaluation under way (the last one takes the whole split).
-    `save_every`: steps, 0 = only at the end.
-    """
-
-    steps: int = 2000
-    batch_size: int = 12
-    accumulation: int = 1
-    learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-4
-    warmup: int = 100
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
-    seed: int = 1337
-    eval_every: int = 250
-    eval_rows: int = 240
-    save_every: int = 500
-
-    def __post_init__(self) -> None:
-        for field, least in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("accumulation", 1),
-            ("eval_rows", 1),
-            ("warmup", 0),
-            ("eval_every", 0),
-            ("save_every", 0),
-            ("seed", 0),
-        ):
-            _demand(field, getattr(self, field), getattr(self, field) >= least, f"at least {least}")
-        _demand("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0 and finite")
-        _demand(
-            "min_learning_rate",
-            self.min_learning_rate,
-            0 <= self.min_learning_rate <= self.learning_rate,
-            f"from 0 to learning_rate={self.learning_rate:g}",
-        )
-        for field in ("beta1", "beta2"):
-            _demand(field, getattr(self, field), 0 <= getattr(self, field) < 1, "at least 0 and below 1")
-        _demand("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0 and finite")
-        _demand("clip", self.clip, self.clip is None or self.clip > 0, "None or above 0")
-
-
-def _demand(field: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{field} is {value!r}; it must be {allowed}")
-
-
-def learning_rate_at(step: int, *, peak: float, floor: float, warmup: int, steps: int) -> float:
-    """Linear rise over `warmup` steps to `peak`, a cosine (Loshchilov & Hutter 2017) down to `floor` at `steps`, `floor` ever after."""
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)
-
-
-def make_optimizer(model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; decoupled decay (Loshchilov & Hutter 2019) on matrices only, not on norms and biases."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.dim() >= 2]
-    vectors = [parameter for parameter in trainable if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = all(parameter.device.type in FUSED_ADAMW_DEVICES for parameter in trainable)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=fused)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
 
 
 def counted(targets: Tensor, pad_id: int | None) -> Tensor:
@@ -181,8 +105,7 @@ def train(
         data.demand_length(tokens, config.context, part)
     torch.manual_seed(recipe.seed)
     model = Transformer(config).to(device) if resume is None else checkpoint.load_weights(resume, device)
-    betas = (recipe.beta1, recipe.beta2)
-    optimizer = make_optimizer(model, learning_rate=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+    optimizer = make_optimizer(model, recipe)
     if resume is not None:
         checkpoint.restore(resume, optimizer)
     first = 0 if resume is None else resume.step
@@ -195,10 +118,7 @@ def train(
     with watching(model, optimizer) if watch else nullcontext():
         for step in range(first, recipe.steps):
             cycle = [(ids.to(device), targets.to(device)) for ids, targets in itertools.islice(batches, recipe.accumulation)]
-            rate = learning_rate_at(
-                step, peak=recipe.learning_rate, floor=recipe.min_learning_rate, warmup=recipe.warmup, steps=recipe.steps
-            )
-            set_learning_rate(optimizer, rate)
+            set_learning_rate(optimizer, scheduled(recipe, step))
             step_loss = torch.zeros((), device=device)
             for (ids_BT, targets_BT), share in zip(cycle, token_shares(cycle, config.pad_id)):
                 loss = next_token_loss(model, ids_BT, targets_BT, config.pad_id)
