@@ -16,9 +16,6 @@ from torch.nn import functional
 from sickbay.reference.cache import LayerCache
 from sickbay.reference.config import Config
 
-ROTARY_BASE = 10_000.0  # Su et al. 2021 (RoFormer), section 3.2.2
-NORM_EPS = 1e-5
-
 Rotation = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
 
@@ -36,18 +33,27 @@ def attend(query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, visible_B1T
     )
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, `(B, T, D)` to `(B, T, D)`. `attend` does the mixing and may be replaced."""
+def attend_all(query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, visible_B1TS: Tensor | None, dropout: float) -> Tensor:
+    """As `attend`, but None = every query sees every key."""
+    grouped = key_BGSK.shape[1] != query_BHTK.shape[1]
+    return functional.scaled_dot_product_attention(query_BHTK, key_BGSK, value_BGSK, visible_B1TS, dropout, enable_gqa=grouped)
 
-    def __init__(self, config: Config) -> None:
+
+class Attention(nn.Module):
+    """Multi-head self-attention, `(B, T, D)` to `(B, T, D)`. `attend` does the mixing and may be replaced.
+
+    `causal`: where nothing else is said, a position sees itself and those before; otherwise all.
+    """
+
+    def __init__(self, config: Config, causal: bool = True) -> None:
         super().__init__()
         self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
         self.dropout = config.dropout
         self.query_key_value = nn.Linear(config.dim, (config.num_heads + 2 * config.kv_heads) * config.head_dim, bias=config.bias)
-        self.query_norm = nn.RMSNorm(config.head_dim, eps=NORM_EPS) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(config.head_dim, eps=NORM_EPS) if config.qk_norm else None
+        self.query_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.output = nn.Linear(config.dim, config.dim, bias=config.bias)
-        self.attend: Attend = attend
+        self.attend: Attend = attend if causal else attend_all
 
     def forward(self, x_BTD: Tensor, visible_B1TS: Tensor | None, rotation: Rotation | None, cache: LayerCache | None = None) -> Tensor:
         """`cache`: keys and values of the positions before, to which these are added."""
@@ -73,7 +79,13 @@ class SquaredReLU(nn.Module):
         return functional.relu(x).square()
 
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "swiglu": nn.SiLU, "relu": nn.ReLU, "relu2": SquaredReLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "swiglu": nn.SiLU,
+    "relu": nn.ReLU,
+    "relu2": SquaredReLU,
+}
 
 
 class FeedForward(nn.Module):
@@ -99,11 +111,11 @@ class Block(nn.Module):
     Normalised before each part ("pre": Xiong et al. 2020, trains without warm-up) or after the sum ("post": Vaswani et al. 2017).
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, causal: bool = True) -> None:
         super().__init__()
         self.pre = config.norm_place == "pre"
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -120,12 +132,14 @@ class Block(nn.Module):
 
 def make_norm(config: Config) -> nn.Module:
     """A norm over the model's width."""
-    return nn.RMSNorm(config.dim, eps=NORM_EPS) if config.norm == "rmsnorm" else nn.LayerNorm(config.dim, eps=NORM_EPS, bias=config.bias)
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.dim, eps=config.norm_eps)
+    return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
 
 
-def rotation_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles at `positions`, `(T, K/2)` or `(B, 1, T, K/2)`, in float32."""
-    frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+def rotation_at(positions: Tensor, head_dim: int, base: float) -> Rotation:
+    """Cosine and sine of the rotary angles at `positions`, `(T, K/2)` or `(B, 1, T, K/2)`, in float32 (Su et al. 2021, section 3.2.2)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None].float() * frequency
     if angle.dim() == 3:
         angle = angle[:, None]
