@@ -125,7 +125,7 @@ def test_tying_shares_the_memory() -> None:
         ({"norm": "batchnorm"}, ["norm", "batchnorm", "layernorm, rmsnorm"]),
         ({"norm_place": "mid"}, ["norm_place", "pre, post"]),
         ({"positions": "alibi"}, ["positions", "learned, rotary"]),
-        ({"activation": "tanh"}, ["activation", "gelu, swiglu, relu"]),
+        ({"activation": "tanh"}, ["activation", "gelu, gelu_tanh, swiglu, relu, relu2"]),
         ({"tied_embeddings": 1}, ["tied_embeddings", "True or False"]),
         ({"pad_id": 11}, ["pad_id", "11", "0 to 10"]),
     ],
