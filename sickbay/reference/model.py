@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from sickbay.reference.blocks import Block, make_norm, rotation_at
-from sickbay.reference.cache import Cache
+from sickbay.reference.blocks import Block, Rotation, make_norm, rotation_at
+from sickbay.reference.cache import Cache, LayerCache
 from sickbay.reference.config import Config
 from sickbay.reference.initialise import initialise
 
+Through = Callable[[Sequence[nn.Module], Tensor, "Tensor | None", "Rotation | None", Sequence["LayerCache | None"]], Tensor]
+
 
 class Transformer(nn.Module):
-    """`ids (B, T)` to next-token `logits (B, T, V)`, weights drawn from torch's current random state."""
+    """`ids (B, T)` to next-token `logits (B, T, V)`, weights drawn from torch's current random state.
+
+    `through` takes the residual stream through the blocks and may be replaced.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -21,6 +28,7 @@ class Transformer(nn.Module):
         self.position_embedding = nn.Embedding(config.context, config.dim) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.through: Through = in_turn
         # A post-norm block ends in its own norm.
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -55,8 +63,8 @@ class Transformer(nn.Module):
         else:
             rotation = rotation_at(positions, self.config.head_dim, self.config.rotary_base)
         x_BTD = self.dropout(x_BTD)
-        for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, visible_B1TS, rotation, None if cache is None else cache.layers[number])
+        caches = [None] * len(self.blocks) if cache is None else cache.layers
+        x_BTD = self.through(list(self.blocks), x_BTD, visible_B1TS, rotation, caches)
         normed_BTD: Tensor = self.final_norm(x_BTD)
         return normed_BTD
 
@@ -66,6 +74,19 @@ class Transformer(nn.Module):
         if self.config.logit_softcap is not None:
             logits_BTV = self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
         return logits_BTV
+
+
+def in_turn(
+    blocks: Sequence[nn.Module],
+    x_BTD: Tensor,
+    visible_B1TS: Tensor | None,
+    rotation: Rotation | None,
+    caches: Sequence[LayerCache | None],
+) -> Tensor:
+    """The residual stream `(B, T, D)` behind the last of `blocks`; `caches`: one a block, None where nothing is remembered."""
+    for block, cache in zip(blocks, caches):
+        x_BTD = block(x_BTD, visible_B1TS, rotation, cache)
+    return x_BTD
 
 
 def visibility(ids_BT: Tensor, documents_BT: Tensor | None, pad_id: int | None, causal: bool = True) -> Tensor | None:
