@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sickbay.cli import generate as generate_command
 from sickbay.cli import train as train_command
 from sickbay.core.errors import UsageError
-from sickbay.reference import checkpoint, data, train
+from sickbay.reference import checkpoint, data, durable, train
 
 SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2", "--dropout", "0.1")
 
@@ -92,7 +92,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(tmp_path: Path, text: P
     def full_disk(file: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full_disk)
+    monkeypatch.setattr(durable, "flush", full_disk)
     with pytest.raises(UsageError, match="No space left on device; --resume"):
         call(train_command, text, "--out", tmp_path / "run", "--resume", "--steps", "4")
     assert checkpoint.find(tmp_path / "run") == tmp_path / "run" / "step-000002"
@@ -169,7 +169,7 @@ def test_bad_input_to_generate_is_refused_in_one_line_with_the_way_out(tmp_path:
     assert "'日' (character 0)" in refusal(generate_command, run, "--prompt", "日")
     weights = checkpoint.find(run) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert "model.safetensors cannot be loaded" in refusal(generate_command, run)
+    assert "model.safetensors has changed" in refusal(generate_command, run)
     (checkpoint.find(run) / "state.json").write_text("{")
     assert "not a readable checkpoint" in refusal(generate_command, run)
 

@@ -123,7 +123,7 @@ def _earlier(out: Path, resume: bool) -> State | None:
     from sickbay.reference import checkpoint
 
     try:
-        found = checkpoint.find(out)
+        checkpoint.find(out)
     except FileNotFoundError:
         if resume:
             raise UsageError(f"nothing to resume: {out} holds no checkpoint; drop --resume to start a new run there") from None
@@ -131,7 +131,7 @@ def _earlier(out: Path, resume: bool) -> State | None:
     if not resume:
         raise UsageError(f"{out} already holds a run; --resume goes on with it, another --out starts a new one")
     try:
-        return checkpoint.read(found)
+        return checkpoint.read(out)
     except (OSError, ValueError) as problem:
         raise UsageError(f"cannot resume: {problem}") from problem
 

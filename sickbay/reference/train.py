@@ -107,7 +107,7 @@ def train(
     model = Transformer(config).to(device) if resume is None else checkpoint.load_weights(resume, device)
     optimizer = make_optimizer(model, recipe)
     if resume is not None:
-        checkpoint.restore(resume, optimizer)
+        checkpoint.restore(resume, model, optimizer)
     first = 0 if resume is None else resume.step
     batches = data.random_batches(train_tokens, config.context, recipe.batch_size, recipe.seed, first * recipe.accumulation)
     progress = Progress(
