@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -78,9 +77,9 @@ class Config:
         choices = {"norm": Norm, "norm_place": NormPlace, "positions": Positions, "activation": Activation, "init": Init}
         for field, kind in choices.items():
             demand(field, getattr(self, field), getattr(self, field) in get_args(kind), f"one of {', '.join(get_args(kind))}")
-        demand("rotary_base", self.rotary_base, is_number(self.rotary_base) and 1 < self.rotary_base < math.inf, "above 1 and finite")
+        demand("rotary_base", self.rotary_base, is_number(self.rotary_base) and self.rotary_base > 1, "above 1 and finite")
         demand("norm_eps", self.norm_eps, is_number(self.norm_eps) and 0 < self.norm_eps < 1, "above 0 and below 1")
-        capped = self.logit_softcap is None or (is_number(self.logit_softcap) and 0 < self.logit_softcap < math.inf)
+        capped = self.logit_softcap is None or (is_number(self.logit_softcap) and self.logit_softcap > 0)
         demand("logit_softcap", self.logit_softcap, capped, "None or above 0 and finite")
         for field in ("bias", "qk_norm", "zero_outputs", "tied_embeddings"):
             demand(field, getattr(self, field), isinstance(getattr(self, field), bool), "True or False")

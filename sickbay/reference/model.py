@@ -21,13 +21,15 @@ class Transformer(nn.Module):
     `through` takes the residual stream through the blocks and may be replaced.
     """
 
+    causal = True
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position_embedding = nn.Embedding(config.context, config.dim) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, self.causal) for _ in range(config.num_layers))
         self.through: Through = in_turn
         # A post-norm block ends in its own norm.
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
@@ -52,7 +54,7 @@ class Transformer(nn.Module):
             shape = f"{tuple(ids_BT.shape)}" + (f" after {held} positions" if held else "")
             raise ValueError(f"ids have shape {shape}; they must be (rows, at most context={self.config.context} positions)")
         if cache is None:
-            visible_B1TS = visibility(ids_BT, documents, self.config.pad_id)
+            visible_B1TS = visibility(ids_BT, documents, self.config.pad_id, self.causal)
             positions = positions_of(ids_BT, documents, self.config.pad_id)
         else:
             visible_B1TS, positions = cache.begin(ids_BT, self.config.pad_id)
