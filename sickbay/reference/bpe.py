@@ -62,19 +62,19 @@ class LibraryTokenizer:
 
     def encode(self, text: str) -> Ids:
         utf8(text)
-        encoded = self.library.encode_batch_fast(list(self._cuts.pieces((text,), PIECE)), add_special_tokens=False)
+        encoded = self.library.encode_batch_fast(list(self.pieces((text,), PIECE)), add_special_tokens=False)
         return np.fromiter((number for piece in encoded for number in piece.ids), dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | Tensor | Ids) -> str:
         text: str = self.library.decode(checked(ids, self.vocab_size), skip_special_tokens=False)
         return text
 
-    def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
-        """The text of `chunks` in pieces whose ids one after another are those of the whole text; where to cut is told in cuts.py.
+    def pieces(self, chunks: Iterable[str], size: int = CHUNK) -> Iterator[str]:
+        """The text of `chunks` in pieces of about `size` characters whose ids one after another are those of the whole text; where to cut is told in cuts.py.
 
         All in one piece where the tokenizer is not known to allow a cut.
         """
-        return self._cuts.pieces(chunks, CHUNK)
+        return self._cuts.pieces(chunks, size)
 
     def save(self, path: Path) -> None:
         self.library.save(str(path), pretty=True)
