@@ -191,24 +191,6 @@ def test_the_tokenizer_survives_its_file_and_names_the_unknown_character(tmp_pat
         tokenizer.decode([-1])
 
 
-def test_tokens_are_mapped_from_the_file_and_decode_to_the_text(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_bytes("thé quick\r\nbrown 日本 fox\n".encode() * 50)
-    corpus = data.prepare(text, tmp_path / "run")
-    assert isinstance(corpus.tokens, np.memmap)
-    assert corpus.tokenizer.decode(corpus.tokens.tolist()).encode() == text.read_bytes()
-    assert corpus.bytes_per_token == text.stat().st_size / len(corpus.tokens) > 1
-    assert (tmp_path / "run" / "tokens.bin").stat().st_size == 2 * len(corpus.tokens)
-
-
-def test_a_text_read_in_pieces_gives_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("日本語 and english " * 40, encoding="utf-8")
-    whole = data.prepare(text, tmp_path / "whole").tokens.tolist()
-    monkeypatch.setattr(data, "CHUNK", 7)
-    assert data.prepare(text, tmp_path / "pieces").tokens.tolist() == whole
-
-
 def test_batches_are_shifted_by_one_and_known_by_their_number() -> None:
     tokens = np.arange(500)
     stream = list(itertools.islice(data.random_batches(tokens, 8, 4, seed=3), 6))
@@ -218,14 +200,6 @@ def test_batches_are_shifted_by_one_and_known_by_their_number() -> None:
     later = next(data.random_batches(tokens, 8, 4, seed=3, first=5))
     assert torch.equal(later[0], stream[5][0])
     assert len({tuple(ids.flatten().tolist()) for ids, _ in stream}) == 6
-
-
-def test_evaluation_windows_predict_each_token_once() -> None:
-    tokens = np.arange(101)
-    rows = torch.cat([targets for _, targets in data.spread_batches(tokens, 10, 3)]).flatten()
-    assert rows.tolist() == list(range(1, 101))
-    few = torch.cat([ids for ids, _ in data.spread_batches(tokens, 10, 3, most_rows=4)])
-    assert few[:, 0].tolist() == [0, 30, 60, 90]
 
 
 def test_a_text_too_short_for_the_context_is_refused() -> None:

@@ -109,8 +109,8 @@ def test_the_result_is_json_and_its_checkpoint_generates(tmp_path: Path, text: P
     assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2))
     assert "step 30/30  loss" in captured.err and "tokens/s  ETA 0:00" in captured.err
     state = checkpoint.read(tmp_path / "run")
-    whole = data.split(data.open_tokens(tmp_path / "run" / "tokens.bin", state.config.vocab_size), "val")
-    windows = data.spread_batches(whole, 16, 7)
+    corpus = data.prepare(text, tmp_path / "tokens", tokenizer=state.tokenizer)
+    windows = data.spread_batches(corpus.val, 16, 7)
     assert train.evaluate(checkpoint.load_weights(state), windows) == pytest.approx(result["val_loss"], rel=1e-5)
 
     assert call(generate_command, result["checkpoint"], "--prompt", "First", "--tokens", "20", "--temperature", "0", "--json") == 0
@@ -134,7 +134,7 @@ def test_bad_input_to_train_is_refused_in_one_line_with_the_way_out_and_nothing_
     short.write_text("too short")
     empty.write_text("")
     assert "no text file at" in refusal(train_command, tmp_path / "absent.txt", "--out", out)
-    assert "no text file at" in refusal(train_command, tmp_path, "--out", out)
+    assert "latin.txt is not UTF-8 text (byte 3)" in refusal(train_command, tmp_path, "--out", out)
     assert "not UTF-8" in refusal(train_command, latin, "--out", out)
     assert "9 bytes; context=64 needs at least 641" in refusal(train_command, short, "--out", out)
     assert "0 bytes" in refusal(train_command, empty, "--out", out)

@@ -7,6 +7,7 @@ The run's folder holds the checkpoint for `sickbay generate`; --resume goes on f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -153,20 +154,18 @@ def _continued(earlier: State, shape: dict[str, Any], chosen: dict[str, Any]) ->
 
 
 def _corpus(text: Path, out: Path, context: int, earlier: State | None) -> Corpus:
-    """The text's tokens in the run's folder. Raises UsageError where the text or the folder cannot be used."""
+    """The text's tokens, kept beside the run's folder. Raises UsageError where the text or the folder cannot be used."""
     from sickbay.reference import data
 
-    if not text.is_file():
-        raise UsageError(f"no text file at {text}; give the path of a UTF-8 text")
+    tokenizer, source = (None, None) if earlier is None else (earlier.tokenizer, earlier.source)
     try:
-        data.demand_size(text, context)
-        if earlier is not None and data.fingerprint(text) != earlier.source:
-            raise UsageError(f"{text} is not the text this run was trained on; give that one, or start anew with another --out")
-        return data.prepare(text, out, earlier.tokenizer if earlier else None)
-    except UnicodeDecodeError as problem:
-        raise UsageError(f"{text} is not UTF-8 text (byte {problem.start}); convert it first, e.g. with iconv") from problem
+        out.mkdir(parents=True, exist_ok=True)
+        return data.prepare(text, out.parent / "tokens", None, tokenizer, expected=source, context=context)
     except OSError as problem:
         raise UsageError(f"{problem.filename or text}: {problem.strerror}; choose a readable TEXT and a writable --out") from problem
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # only where it is empty
 
 
 def _device(asked: str | None) -> str:

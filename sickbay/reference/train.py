@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,34 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sickbay.reference import checkpoint, data
 from sickbay.reference.config import Config
+from sickbay.reference.ema import averaged
+from sickbay.reference.loss import IGNORED, counted, next_token_loss, token_shares
+from sickbay.reference.machine import demand_compiler, processor
 from sickbay.reference.model import Transformer
 from sickbay.reference.optimizer import make_optimizer, set_learning_rate
+from sickbay.reference.precision import autocast, make_scaler
+from sickbay.reference.progress import Progress
 from sickbay.reference.recipe import Recipe
+from sickbay.reference.recompute import recompute
 from sickbay.reference.schedule import scheduled
+from sickbay.reference.stopping import Patience
 
-IGNORED = -100
-
-
-def counted(targets: Tensor, pad_id: int | None) -> Tensor:
-    """`targets` with padding replaced by the id that the loss ignores."""
-    return targets if pad_id is None else targets.masked_fill(targets == pad_id, IGNORED)
-
-
-def next_token_loss(model: nn.Module, ids_BT: Tensor, targets_BT: Tensor, pad_id: int | None = None) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are neither `pad_id` nor -100; scalar."""
-    logits_BTV = model(ids_BT)
-    return functional.cross_entropy(logits_BTV.flatten(0, 1), counted(targets_BT, pad_id).flatten(), ignore_index=IGNORED)
-
-
-def token_shares(cycle: Sequence[data.Batch], pad_id: int | None = None) -> list[float]:
-    """Each micro-batch's share of the counted targets of one step: the weights that make accumulation equal to one joined batch."""
-    counts = [int((counted(targets, pad_id) != IGNORED).sum()) for _, targets in cycle]
-    total = sum(counts)
-    return [count / total for count in counts] if total else [1 / len(cycle)] * len(cycle)
+BEST = "best"  # folder in the run's folder for the checkpoint of the lowest validation loss
 
 
 def backward(loss: Tensor, share: float) -> None:
@@ -50,11 +36,20 @@ def backward(loss: Tensor, share: float) -> None:
     (loss * share).backward()
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
-    """One optimizer step has been taken from the accumulated gradients, clipped to global L2 norm `clip`, and they are gone."""
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None, scaler: torch.amp.GradScaler | None = None) -> None:
+    """One optimizer step has been taken from the accumulated gradients, clipped to global L2 norm `clip`, and they are gone.
+
+    `scaler`: the one that scaled the loss; it leaves out a step whose gradients are not finite.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)  # before clipping, whose limit is meant for the true norm
     if clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -65,7 +60,7 @@ def evaluate(model: nn.Module, batches: Iterable[data.Batch], pad_id: int | None
     with torch.no_grad():
         for ids, targets in batches:
             count = int((counted(targets, pad_id) != IGNORED).sum())
-            total += next_token_loss(model, ids, targets, pad_id).item() * count
+            total += next_token_loss(model, ids, targets, pad_id).item() * count if count else 0.0
             tokens += count
     model.train()
     return total / tokens if tokens else math.nan
@@ -73,7 +68,7 @@ def evaluate(model: nn.Module, batches: Iterable[data.Batch], pad_id: int | None
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. Losses in nats per token; `val_loss` over the whole validation split."""
+    """What a run came to. Losses in nats per token; `val_loss` over the whole validation split, of what `checkpoint` holds."""
 
     checkpoint: str
     steps: int
@@ -100,58 +95,99 @@ def train(
     `resume`: the checkpoint to go on from; the weights at the end are bit-equal to those of a run that never stopped.
     Raises ValueError (too little text), FloatingPointError (the loss is not finite), OSError.
     """
-    train_tokens, val_tokens = data.split(corpus.tokens, "train"), data.split(corpus.tokens, "val")
+    train_tokens, val_tokens = corpus.train, corpus.val
     for tokens, part in ((train_tokens, "train"), (val_tokens, "validation")):
         data.demand_length(tokens, config.context, part)
     torch.manual_seed(recipe.seed)
     model = Transformer(config).to(device) if resume is None else checkpoint.load_weights(resume, device)
+    recompute(model, recipe.recompute)
     optimizer = make_optimizer(model, recipe)
+    scaler = make_scaler(recipe.precision, device)
+    average = None if recipe.ema is None else averaged(model, recipe.ema)
+    judged = model if average is None else average.module
+    patience = Patience(recipe.patience)
     if resume is not None:
         checkpoint.restore(resume, model, optimizer)
+        scaler.load_state_dict(resume.scaler or {})
+        patience.restore(resume.progress)
+        if average is not None:
+            checkpoint.restore_weights(resume, average.module, averaged=True)
+            average.n_averaged.fill_(resume.step)
+    if recipe.compile:
+        demand_compiler(device)
+        model.compile()
     first = 0 if resume is None else resume.step
     batches = data.random_batches(train_tokens, config.context, recipe.batch_size, recipe.seed, first * recipe.accumulation)
     progress = Progress(
         first, recipe, tokens_per_step=recipe.batch_size * recipe.accumulation * config.context, bytes_per_token=corpus.bytes_per_token
     )
-    train_loss, folder = math.nan, out
+    train_loss, done, folder = math.nan, first, out
 
-    with watching(model, optimizer) if watch else nullcontext():
+    def save(run: Path, keep: int = checkpoint.KEEP) -> Path:
+        return checkpoint.save(
+            run,
+            keep=keep,
+            step=done,
+            model=model,
+            optimizer=optimizer,
+            recipe=dataclasses.asdict(recipe),
+            source=corpus.source,
+            tokenizer=corpus.tokenizer,
+            average=None if average is None else checkpoint.named_weights(average.module),
+            scaler=scaler.state_dict() or None,
+            progress=patience.state(),
+        )
+
+    with processor(recipe.threads, recipe.flush_denormal), watching(model, optimizer) if watch else nullcontext():
         for step in range(first, recipe.steps):
             cycle = [(ids.to(device), targets.to(device)) for ids, targets in itertools.islice(batches, recipe.accumulation)]
             set_learning_rate(optimizer, scheduled(recipe, step))
             step_loss = torch.zeros((), device=device)
             for (ids_BT, targets_BT), share in zip(cycle, token_shares(cycle, config.pad_id)):
-                loss = next_token_loss(model, ids_BT, targets_BT, config.pad_id)
-                backward(loss, share)
+                with autocast(recipe.precision, device):
+                    loss = next_token_loss(
+                        model, ids_BT, targets_BT, config.pad_id, label_smoothing=recipe.label_smoothing, z_loss=recipe.z_loss
+                    )
+                backward(scaler.scale(loss), share)
                 step_loss += loss.detach() * share
-            update(model, optimizer, recipe.clip)
+            update(model, optimizer, recipe.clip, scaler)
+            if average is not None:
+                average.update_parameters(model)
 
             done, last = step + 1, step + 1 == recipe.steps
-            saves = last or (recipe.save_every > 0 and done % recipe.save_every == 0)
-            if saves or done % progress.every == 0:
+            saves = last or is_due(done, recipe.save_every)
+            evaluates = (last and recipe.patience is not None) or (not last and is_due(done, recipe.eval_every))
+            if saves or evaluates or done % progress.every == 0:
                 train_loss = step_loss.item()  # waits for the device: not in every step
                 progress.show(done, train_loss)
                 if not math.isfinite(train_loss):
                     raise FloatingPointError(f"the loss is {train_loss} at step {done}")
-            if recipe.eval_every and done % recipe.eval_every == 0 and not last:
+            if evaluates:
                 rows = data.spread_batches(val_tokens, config.context, recipe.batch_size, recipe.eval_rows)
-                progress.show_validation(done, evaluate(model, on(device, rows), config.pad_id))
-            if saves:
-                folder = checkpoint.save(
-                    out,
-                    step=done,
-                    model=model,
-                    optimizer=optimizer,
-                    recipe=dataclasses.asdict(recipe),
-                    source=corpus.source,
-                    tokenizer=corpus.tokenizer,
-                )
+                val_loss = evaluate(judged, on(device, rows), config.pad_id)
+                progress.show_validation(done, val_loss)
+                if patience.improves(val_loss) and recipe.patience is not None:
+                    save(out / BEST, keep=1)
+            stops = evaluates and patience.over
+            if saves or stops:
+                folder = save(out)
+            if stops:
+                progress.say(done, f"stops: {patience.waited} evaluations without a loss below {patience.best:.4f}")
+                break
 
-        seconds, speed = progress.seconds(), progress.tokens_per_second(recipe.steps)
-        val_loss = evaluate(model, on(device, data.spread_batches(val_tokens, config.context, recipe.batch_size)), config.pad_id)
-    progress.show_validation(recipe.steps, val_loss)
+        seconds, speed = progress.seconds(), progress.tokens_per_second(done)
+        if recipe.patience is not None:
+            best = checkpoint.read(out / BEST)
+            folder, judged = best.folder, checkpoint.load_weights(best, device, averaged=average is not None)
+        val_loss = evaluate(judged, on(device, data.spread_batches(val_tokens, config.context, recipe.batch_size)), config.pad_id)
+    progress.show_validation(done, val_loss)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Result(str(folder), recipe.steps, train_loss, val_loss, progress.bits_per_byte(val_loss), speed, seconds, parameters)
+    return Result(str(folder), done, train_loss, val_loss, progress.bits_per_byte(val_loss), speed, seconds, parameters)
+
+
+def is_due(done: int, every: int) -> bool:
+    """Whether something that happens `every` so many steps (0 = never) happens after `done` of them."""
+    return every > 0 and done % every == 0
 
 
 def on(device: str, batches: Iterable[data.Batch]) -> Iterable[data.Batch]:
@@ -165,46 +201,3 @@ def watching(model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractCont
 
     watched: AbstractContextManager[Any] = sickbay.watch(model, optimizer)
     return watched
-
-
-class Progress:
-    """One line on stderr, rewritten in place on a terminal and repeated now and then elsewhere. `every`: steps between two."""
-
-    def __init__(self, first: int, recipe: Recipe, *, tokens_per_step: int, bytes_per_token: float) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.every = 10 if self.terminal else 100
-        self._first, self._steps = first, recipe.steps
-        self._tokens_per_step, self._bytes_per_token = tokens_per_step, bytes_per_token
-        self._started = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-    def tokens_per_second(self, done: int) -> float:
-        """Since the start, evaluations and checkpoints included."""
-        return (done - self._first) * self._tokens_per_step / max(self.seconds(), 1e-9)
-
-    def bits_per_byte(self, loss: float) -> float:
-        """`loss` nats per token in bits per UTF-8 byte of the text, which does not depend on the tokenizer."""
-        return loss / math.log(2) / self._bytes_per_token
-
-    def show(self, done: int, loss: float) -> None:
-        left = (self._steps - done) * self.seconds() / (done - self._first)
-        speed = f"{self.tokens_per_second(done):,.0f} tokens/s  ETA {clock(left)}"
-        numbers = f"loss {loss:.4f}  {self.bits_per_byte(loss):.3f} bits per byte  {speed}"
-        self._write(done, numbers, stays=done == self._steps)
-
-    def show_validation(self, done: int, loss: float) -> None:
-        self._write(done, f"validation loss {loss:.4f}  {self.bits_per_byte(loss):.3f} bits per byte", stays=True)
-
-    def _write(self, done: int, numbers: str, stays: bool) -> None:
-        text = f"step {done:,}/{self._steps:,}  {numbers}"
-        clear, end = ("\r\x1b[K", "\n" if stays else "") if self.terminal else ("", "\n")
-        print(f"{clear}{text}", end=end, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, `m:ss`, or `h:mm:ss` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
