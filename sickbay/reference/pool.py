@@ -71,7 +71,7 @@ class Pool:
         storage = buffer.untyped_storage()
         with torch.inference_mode(False):
             lent = torch.empty(0, dtype=dtype, device=device)
-            lent.set_(storage, 0, tuple(shape), contiguous_strides(shape))  # type: ignore[call-overload]  # storages know no dtype
+            lent.set_(storage, 0, tuple(shape), contiguous_strides(shape))
         before = holders(lent)
         failed = True
         try:

@@ -1,0 +1,111 @@
+"""What is examined once a training has ended: the numbers of its card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sickbay.reference.card import Closing, Sample
+from sickbay.reference.decoding import Decoding
+from sickbay.reference.evaluation import Batch, Evaluation, Tokens, baselines, evaluate, manner, whole
+from sickbay.reference.flops import measured_peak, training_flops_per_token
+from sickbay.reference.generate import generate
+from sickbay.reference.model import Transformer
+from sickbay.reference.outlook import outlook
+from sickbay.reference.tokenizer import Tokenizer
+
+SAMPLE_BYTES = 500
+TRAIN_ROWS = 240  # windows of the training part on which the finished model is evaluated, for the gap
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a finished training did. `tokens_per_second`: of its steps alone; `history`: (step, validation loss) under way, in order."""
+
+    title: str
+    steps: int
+    tokens_per_step: int
+    seconds: float
+    tokens_per_second: float
+    history: Sequence[tuple[int, float]]
+    ways_on: Sequence[tuple[str, str]] = ()
+
+
+def close(
+    training: Training,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    train: Tokens,
+    validation: Tokens,
+    bytes_per_token: float,
+    batch_size: int,
+    evaluated: Evaluation | None = None,
+) -> Closing:
+    """The card of `training`, which left `model`. `train`, `validation`: `(N,)` ids. `evaluated`: on all of `validation`, if already known.
+
+    torch's random states are as they were. Raises ValueError where there are fewer than two tokens.
+    """
+    config, device = model.config, model.token_embedding.weight.device
+    rows = min(TRAIN_ROWS, max(1, (len(train) - 1) // config.context))
+    starts = np.linspace(0, max(0, len(train) - 1 - config.context), rows).astype(np.int64).tolist()
+    windows = (batch for start in starts for batch in whole(train[start : start + config.context + 1], config.context, 1))
+    random = torch.get_rng_state()
+    try:
+        if evaluated is None:
+            evaluated = evaluate(model, on(device, whole(validation, config.context, batch_size)), config.pad_id)
+        peak = measured_peak(str(device))
+        sample = write_sample(model, tokenizer, train, bytes_per_token)
+    finally:
+        torch.set_rng_state(random)
+    return Closing(
+        title=training.title,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        steps=training.steps,
+        tokens_per_step=training.tokens_per_step,
+        seconds=training.seconds,
+        tokens_per_second=training.tokens_per_second,
+        flops_per_second=training.tokens_per_second * training_flops_per_token(model, config),
+        peak_flops=peak,
+        validation=evaluated,
+        bytes_per_token=bytes_per_token,
+        baselines=baselines(train, validation, tokenizer.vocab_size),
+        sample=sample,
+        outlook=outlook(training.history, evaluate(model, on(device, joined(windows, batch_size)), config.pad_id), evaluated),
+        ways_on=training.ways_on,
+    )
+
+
+def write_sample(model: Transformer, tokenizer: Tokenizer, train: Tokens, bytes_per_token: float) -> Sample:
+    """About 500 bytes written by `model` after the end of a document, or a line end, or the corpus's first token."""
+    if tokenizer.end_of_text is not None:
+        start, prompt = tokenizer.end_of_text, ""
+    else:
+        try:
+            start = int(tokenizer.encode("\n")[-1])
+        except (ValueError, IndexError):
+            start = int(train[0])
+        prompt = tokenizer.decode([start])
+    count = max(24, round(SAMPLE_BYTES / bytes_per_token))
+    ids = torch.tensor([[start]], device=model.token_embedding.weight.device)
+    written = torch.cat(list(generate(model, ids, count, Decoding(), vocab_size=tokenizer.vocab_size))).cpu()
+    return Sample(prompt, tokenizer.decode(written), manner([written.numpy()], train))
+
+
+def joined(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    """Rows of `batches`, all of one length, `batch_size` at a time."""
+    held: list[Batch] = []
+    for batch in batches:
+        held.append(batch)
+        if len(held) == batch_size:
+            yield torch.cat([ids for ids, _ in held]), torch.cat([targets for _, targets in held])
+            held = []
+    if held:
+        yield torch.cat([ids for ids, _ in held]), torch.cat([targets for _, targets in held])
+
+
+def on(device: torch.device, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """`batches`, each moved to `device` when it is asked for."""
+    return ((ids.to(device), targets.to(device)) for ids, targets in batches)
