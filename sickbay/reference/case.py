@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sickbay.reference import data, train
 from sickbay.reference.config import Config
 from sickbay.reference.data import Batch
+from sickbay.reference.loss import next_token_loss, token_shares
 from sickbay.reference.model import Transformer
 from sickbay.reference.optimizer import make_adamw, set_learning_rate
 from sickbay.reference.schedule import learning_rate_at
@@ -62,7 +63,7 @@ def _batches(case: Case, split: str) -> Iterator[Batch]:
 
 
 def _loss(case: Case, model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    return train.next_token_loss(model, ids, targets, case.config.pad_id)
+    return next_token_loss(model, ids, targets, case.config.pad_id)
 
 
 def _backward(case: Case, loss: Tensor) -> None:
@@ -123,7 +124,7 @@ def run(case: Case) -> tuple[nn.Module, list[float]]:
             break
         case.set_learning_rate(case, optimizer, step)
         step_loss = 0.0
-        for (ids, targets), share in zip(cycle, train.token_shares(cycle, case.config.pad_id)):
+        for (ids, targets), share in zip(cycle, token_shares(cycle, case.config.pad_id)):
             loss = case.loss(case, model, ids, targets)
             # Micro-batches of unequal token counts: `backward` divides by their number, this makes it a share of tokens.
             weight = share * case.accumulation

@@ -21,7 +21,6 @@ def next_token_loss(
     ids_BT: Tensor,
     targets_BT: Tensor,
     pad_id: int | None = None,
-    *,
     documents: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 class Patience:
@@ -17,6 +19,15 @@ class Patience:
         better = loss < self.best
         self.best, self.waited = (loss, 0) if better else (self.best, self.waited + 1)
         return better
+
+    def state(self) -> dict[str, float | int | None]:
+        """What `restore` needs to go on waiting; JSON."""
+        return {"best": self.best if math.isfinite(self.best) else None, "waited": self.waited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """It has waited as it had when it told `state`."""
+        best = state.get("best")
+        self.best, self.waited = math.inf if best is None else best, state.get("waited", 0)
 
     @property
     def over(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sickbay.reference import checkpoint, data
 from sickbay.reference.config import Config
+from sickbay.reference.data_settings import DataSettings
 from sickbay.reference.ema import averaged
 from sickbay.reference.loss import IGNORED, counted, next_token_loss, token_shares
 from sickbay.reference.machine import demand_compiler, processor
@@ -53,14 +54,17 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | Non
     optimizer.zero_grad(set_to_none=True)
 
 
-def evaluate(model: nn.Module, batches: Iterable[data.Batch], pad_id: int | None = None) -> float:
-    """Mean loss in nats over all counted targets of `batches`, without dropout and gradients; the model is in training mode after."""
+def evaluate(model: nn.Module, batches: Iterable[data.Batch], pad_id: int | None = None, end_of_text: int | None = None) -> float:
+    """Mean loss in nats over all counted targets of `batches`, without dropout and gradients; the model is in training mode after.
+
+    `end_of_text`: the id that ends the documents packed in a row.
+    """
     model.eval()
     total, tokens = 0.0, 0
     with torch.no_grad():
         for ids, targets in batches:
             count = int((counted(targets, pad_id) != IGNORED).sum())
-            total += next_token_loss(model, ids, targets, pad_id).item() * count if count else 0.0
+            total += next_token_loss(model, ids, targets, pad_id, documents(ids, end_of_text)).item() * count if count else 0.0
             tokens += count
     model.train()
     return total / tokens if tokens else math.nan
@@ -86,18 +90,21 @@ def train(
     recipe: Recipe,
     out: Path,
     *,
+    texts: DataSettings | None = None,
     resume: checkpoint.State | None = None,
     device: str = "cpu",
     watch: bool = False,
 ) -> Result:
     """`out` holds the checkpoint of a model trained by `recipe`, its progress told on stderr.
 
-    `resume`: the checkpoint to go on from; the weights at the end are bit-equal to those of a run that never stopped.
+    `texts`: how `corpus` becomes batches. `resume`: the checkpoint to go on from; the weights at the end are bit-equal to those
+    of a run that never stopped.
     Raises ValueError (too little text), FloatingPointError (the loss is not finite), OSError.
     """
-    train_tokens, val_tokens = corpus.train, corpus.val
-    for tokens, part in ((train_tokens, "train"), (val_tokens, "validation")):
+    texts = texts or DataSettings()
+    for tokens, part in ((corpus.train, "train"), (corpus.val, "validation")):
         data.demand_length(tokens, config.context, part)
+    end_of_text = data.packed_by(corpus, texts)
     torch.manual_seed(recipe.seed)
     model = Transformer(config).to(device) if resume is None else checkpoint.load_weights(resume, device)
     recompute(model, recipe.recompute)
@@ -117,7 +124,7 @@ def train(
         demand_compiler(device)
         model.compile()
     first = 0 if resume is None else resume.step
-    batches = data.random_batches(train_tokens, config.context, recipe.batch_size, recipe.seed, first * recipe.accumulation)
+    batches = data.train_batches(corpus, texts, config.context, recipe.batch_size, recipe.seed, first * recipe.accumulation)
     progress = Progress(
         first, recipe, tokens_per_step=recipe.batch_size * recipe.accumulation * config.context, bytes_per_token=corpus.bytes_per_token
     )
@@ -145,9 +152,8 @@ def train(
             step_loss = torch.zeros((), device=device)
             for (ids_BT, targets_BT), share in zip(cycle, token_shares(cycle, config.pad_id)):
                 with autocast(recipe.precision, device):
-                    loss = next_token_loss(
-                        model, ids_BT, targets_BT, config.pad_id, label_smoothing=recipe.label_smoothing, z_loss=recipe.z_loss
-                    )
+                    documents_BT = documents(ids_BT, end_of_text)
+                    loss = next_token_loss(model, ids_BT, targets_BT, config.pad_id, documents_BT, recipe.label_smoothing, recipe.z_loss)
                 backward(scaler.scale(loss), share)
                 step_loss += loss.detach() * share
             update(model, optimizer, recipe.clip, scaler)
@@ -163,8 +169,8 @@ def train(
                 if not math.isfinite(train_loss):
                     raise FloatingPointError(f"the loss is {train_loss} at step {done}")
             if evaluates:
-                rows = data.spread_batches(val_tokens, config.context, recipe.batch_size, recipe.eval_rows)
-                val_loss = evaluate(judged, on(device, rows), config.pad_id)
+                rows = data.val_batches(corpus, texts, config.context, recipe.batch_size, recipe.eval_rows)
+                val_loss = evaluate(judged, on(device, rows), config.pad_id, end_of_text)
                 progress.show_validation(done, val_loss)
                 if patience.improves(val_loss) and recipe.patience is not None:
                     save(out / BEST, keep=1)
@@ -179,10 +185,16 @@ def train(
         if recipe.patience is not None:
             best = checkpoint.read(out / BEST)
             folder, judged = best.folder, checkpoint.load_weights(best, device, averaged=average is not None)
-        val_loss = evaluate(judged, on(device, data.spread_batches(val_tokens, config.context, recipe.batch_size)), config.pad_id)
+        rows = data.val_batches(corpus, texts, config.context, recipe.batch_size)
+        val_loss = evaluate(judged, on(device, rows), config.pad_id, end_of_text)
     progress.show_validation(done, val_loss)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Result(str(folder), done, train_loss, val_loss, progress.bits_per_byte(val_loss), speed, seconds, parameters)
+
+
+def documents(ids_BT: Tensor, end_of_text: int | None) -> Tensor | None:
+    """Number of each token's document `(B, T)` where rows are packed."""
+    return None if end_of_text is None else data.documents_of(ids_BT, end_of_text)
 
 
 def is_due(done: int, every: int) -> bool:
