@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, visible_B1TS: Tensor | None, rotation: Rotation | None, cache: LayerCache | None = None) -> Tensor:
         """`cache`: keys and values of the positions before, to which these are added."""
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         H, G = self.num_heads, self.kv_heads
         heads_BXTK = self.query_key_value(x_BTD).view(B, T, H + 2 * G, self.head_dim).transpose(1, 2)
         query_BHTK, key_BGTK, value_BGTK = heads_BXTK.split((H, G, G), dim=1)
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         if cache is not None:
             key_BGTK, value_BGTK = cache.extend(key_BGTK, value_BGTK)
         mixed_BHTK = self.attend(query_BHTK, key_BGTK, value_BGTK, visible_B1TS, self.dropout if self.training else 0.0)
-        out_BTD: Tensor = self.output(mixed_BHTK.transpose(1, 2).reshape(B, T, D))
+        out_BTD: Tensor = self.output(mixed_BHTK.transpose(1, 2).flatten(2))
         return out_BTD
 
 
