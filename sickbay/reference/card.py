@@ -18,7 +18,7 @@ from sickbay.reference.outlook import Outlook
 MAX_LINES = 30
 PLAIN_WIDTH = 100
 LEAST_WIDTH = 40
-BAR = 30  # columns of the longest bar
+BAR = 26  # columns of the longest bar
 SAMPLE_LINES = 7
 ADVICE = {
     "helps": "yes",

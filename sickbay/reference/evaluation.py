@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 
 GRAMS = (1, 2, 3)
 MOST_COUNTED = 5_000_000  # tokens of the training part from which the tables are made: seconds, not minutes
-MOST_USUAL = 200_000  # tokens of the corpus that tell how much repetition is usual
+MOST_USUAL = 100_000  # tokens of the corpus that tell how much repetition is usual
 PLACES = 1 << 21  # of each table: no n-gram of so many tokens of text is crowded out
 _PIECE = 1 << 18
 
