@@ -43,7 +43,8 @@ def windows(tokens: Tokens, starts: npt.NDArray[np.int64], context: int, end_of_
     """Inputs and next-token targets `(len(starts), context)` int64, one row from each start. Raises IndexError beyond the tokens."""
     # One gather for all rows; a plain array, because a memmap's own indexing is several times slower.
     rows = torch.from_numpy(np.asarray(tokens)[starts[:, None] + np.arange(context + 1)].astype(np.int64))
-    ids_BT, targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    # Copies: `contiguous` of a single row would leave both in the same memory.
+    ids_BT, targets_BT = (part.clone(memory_format=torch.contiguous_format) for part in (rows[:, :-1], rows[:, 1:]))
     return ids_BT, targets_BT if end_of_text is None else within_documents(ids_BT, targets_BT, end_of_text)
 
 
