@@ -17,7 +17,8 @@ from sickbay.core.errors import SickbayError, UsageError
 
 # name -> module; a command whose file is not there is not offered.
 COMMANDS = {
-    name: f"sickbay.cli.{name}" for name in ("run", "checkup", "diagnose", "report", "train", "generate", "demo", "explain", "list", "plan")
+    name: f"sickbay.cli.{name}"
+    for name in ("run", "checkup", "diagnose", "report", "train", "generate", "demo", "explain", "list", "plan", "vocab")
 }
 USAGE_EXIT = 2
 INTRODUCTION = (

@@ -75,7 +75,7 @@ class Cuts:
         """The end of the pre-tokenizer's last word but a few that is a word's end also when nothing follows, 0 = none."""
         words = [span for _, span in self._pre_tokenizer.pre_tokenize_str(text)]
         for number in range(len(words) - 3, max(0, len(words) - 100), -1):
-            end = words[number - 1][1]
+            end = int(words[number - 1][1])
             # Digits may be grouped from the right and white space by what follows: both may change with what is cut off.
             if text[end - 1].isalpha() or not (text[end - 1].isspace() or text[end - 1].isnumeric()):
                 head, tail = (self._pre_tokenizer.pre_tokenize_str(part) for part in (text[:end], text[end:]))
