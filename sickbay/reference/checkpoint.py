@@ -110,7 +110,7 @@ def save(
             "source": source,
             "scaler": None if scaler is None else dict(scaler),
             "progress": dict(progress or {}),
-            "groups": _settings(optimizer),
+            "groups": _settings(model, optimizer),
         }
         durable.publish(partial, target, state)
 
@@ -218,9 +218,12 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, wo
         if saved:
             raise ValueError(f"{state.folder} holds an optimizer's state of {sorted(saved)[0]}, which this optimizer does not train")
     groups = optimizer.state_dict()["param_groups"]
-    for group, settings in zip(groups, state.groups):
+    for group, trained in zip(groups, optimizer.param_groups):
+        # Matched by name: on another number of processes the same weights may stand in more groups or fewer.
+        settings = next((saved for saved in state.groups if names[id(trained["params"][0])] in saved["parameters"]), {})
         for key, value in settings.items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+            if key in group:
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value
     optimizer.load_state_dict({"state": held, "param_groups": groups})
     random = state.folder / _random_file(world.rank, world.size)
     if random.is_file():
@@ -250,10 +253,12 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     }
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The optimizer's groups without their parameters, as JSON can say it."""
+def _settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's groups, their parameters by name, as JSON can say it."""
+    names = _parameter_names(model)
     return [
         {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items() if key not in ("params", "param_names")}
+        | {"parameters": [names[id(parameter)] for parameter in group["params"]]}
         for group in optimizer.param_groups
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sickbay.reference.dtensor import is_dtensor
 from sickbay.reference.muon import Muon
 from sickbay.reference.recipe import Recipe
 
@@ -42,10 +43,11 @@ def make_adamw(model: nn.Module, *, learning_rate: float, betas: tuple[float, fl
 def decay_groups(model: nn.Module, weight_decay: float, without: Collection[int] = ()) -> list[dict[str, Any]]:
     """Trainable matrices, which decay, and vectors, which do not; parameters whose `id` is in `without` are left out."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in without]
-    matrices = [parameter for parameter in trainable if parameter.dim() >= 2]
-    vectors = [parameter for parameter in trainable if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for parameter in trainable:
+        # Fused and grouped updates refuse to mix DTensors with tensors.
+        groups.setdefault((parameter.dim() < 2, is_dtensor(parameter)), []).append(parameter)
+    return [{"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay} for key in sorted(groups)]
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:

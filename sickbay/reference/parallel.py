@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from sickbay.core.errors import UsageError
 from sickbay.reference.blocks import Attention
 from sickbay.reference.config import Config
+from sickbay.reference.dtensor import is_dtensor, local
+from sickbay.reference.loss import IGNORED
 from sickbay.reference.model import Transformer
 
 Kind = Literal["none", "ddp", "fsdp", "tp"]
-IGNORED = -100
+NORM_EPS = 1e-6  # as in torch's clip_grad_norm_
 
 
 @dataclass(frozen=True)
@@ -187,21 +189,16 @@ def accumulating(net: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
     """The global L2 norm of the gradients over all processes, which have been scaled down to norm `most` if it was above."""
-    from torch.distributed.tensor import DTensor
-
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters]
-    dealt = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    if not dealt:
+    if not any(is_dtensor(parameter) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, most)
-    norms = [nn.utils.get_total_norm(dealt)]
-    whole = [gradient for gradient in gradients if gradient is not None and not isinstance(gradient, DTensor)]
-    if whole:
-        norms.append(nn.utils.get_total_norm(whole))
-    joined = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # Norms of what is dealt out and of what each process holds whole cannot be taken in one call.
+    dealt, whole = ([gradient for gradient in gradients if is_dtensor(gradient) is kind] for kind in (True, False))
+    norms: list[Any] = [nn.utils.get_total_norm(group) for group in (dealt, whole) if group]
+    joined = torch.stack([norm.full_tensor() if is_dtensor(norm) else norm for norm in norms])
     total = torch.linalg.vector_norm(joined)
-    scale = (most / (total + 1e-6)).clamp(max=1.0)
+    scale = (most / (total + NORM_EPS)).clamp(max=1.0)
     for gradient in gradients:
-        assert gradient is not None
-        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+        local(gradient).mul_(scale)
     return total

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sickbay.reference.dtensor import dealt_axis, local
 from sickbay.reference.durable import as_os_error
 from sickbay.reference.parallel import World
 
@@ -34,14 +35,10 @@ def boxes(tensor: Tensor, world: World, order: Sequence[int] | None = None) -> l
 
     `order`: the rows of the whole tensor as the processes hold them, None = from the first to the last.
     """
-    from torch.distributed.tensor import DTensor, Shard
-
-    if not isinstance(tensor, DTensor):
-        return [((0,) * tensor.dim(), tensor.detach())]
-    (placement,), here = tensor.placements, tensor.to_local().detach()
-    if not isinstance(placement, Shard):
+    axis, here = dealt_axis(tensor), local(tensor).detach()
+    if axis is None:
         return [((0,) * tensor.dim(), here)]
-    axis, length = placement.dim, tensor.shape[placement.dim]
+    length = tensor.shape[axis]
     first = min(world.rank * math.ceil(length / world.size), length)  # dealt as torch.chunk deals
     corner = [0] * tensor.dim()
     corner[axis] = first
@@ -57,27 +54,20 @@ def boxes(tensor: Tensor, world: World, order: Sequence[int] | None = None) -> l
     return found
 
 
-def is_dealt(tensor: Tensor) -> bool:
-    """Whether processes hold different parts of `tensor`."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
-
-
 def write(folder: Path, kind: str, tensors: Mapping[str, Tensor], world: World, order: Order) -> None:
     """`folder` holds what this process has of `tensors`, what all hold alike written by the first. Raises OSError."""
-    dealt = any(is_dealt(tensor) for tensor in tensors.values())
+    dealt = any(dealt_axis(tensor) is not None for tensor in tensors.values())
     if not dealt and not world.first:
         return
     file = folder / (f"{kind}-{world.rank + 1:05d}-of-{world.size:05d}.safetensors" if dealt else f"{kind}.safetensors")
     if not dealt:
-        whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        whole = {name: local(tensor).detach().contiguous() for name, tensor in tensors.items()}
         as_os_error(lambda: save_file(whole, file), file)
         return
     values: dict[str, Tensor] = {}
     places: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if not is_dealt(tensor) and not world.first:
+        if dealt_axis(tensor) is None and not world.first:
             continue
         for corner, view in boxes(tensor, world, order(name)):
             key = f"{name}@{','.join(map(str, corner))}"
