@@ -142,6 +142,10 @@ SICK = [
     ("4 times the 60 updates", lambda: schedule(cosine(240), 60, scheduler(60, 60, planned=240), backwards_since_step=[4.0] * 60)),
     ("longer than the run", lambda: schedule(lambda s: s / 500, 60, scheduler(60, 60, planned=60, warmup=500))),
     ("longer than the run", lambda: schedule(lambda s: s / 500, 60, update_ratio=[1e-4] * 60)),
+    (
+        "warms up for 500",
+        lambda: schedule(lambda s: (s / 500) ** 2, 60, scheduler(60, 60, planned=2000, warmup=500), update_ratio=[1e-4] * 60),
+    ),
     ("turns round", lambda: schedule(cosine(40), 70)),
     ("40 of 60 steps", lambda: schedule(lambda s: max(0.0, 1 - s / 20), 60)),
     ("below zero", lambda: schedule(lambda s: 1 - s / 40, 60)),

@@ -89,7 +89,8 @@ def _length_wrong(chart: Chart, scheduler: Reading, rates: Rates, built: str) ->
     note, taken = scheduler.note, scheduler.value
     updates, planned, warmup = note["updates"], note["planned"] or 0, note["warmup"] or 0
     each = round(taken / updates)
-    if warmup > taken and updates >= FEW and planned and warmup >= RAMP_SHARE * planned:
+    mostly_ramp = updates >= FEW and warmup >= RAMP_SHARE * planned
+    if warmup > taken and planned and (mostly_ramp or (updates >= MANY and _small_updates(chart, rates))):
         text = f"{scheduler.where} warms up for {warmup} of the {planned:,.0f} steps it was built for: the warm-up is longer than the run"
         return _found(scheduler, text, 0, rates)
     micro = round(chart["backwards_since_step"].median()) if len(chart["backwards_since_step"]) else 1
@@ -131,11 +132,16 @@ def _by_shape(chart: Chart, rates: Rates, source: str) -> Diagnosis | None:
     if idle >= max(2 * FEW, IDLE * rates.span) and (rates.at(first) == 0 or rates.at(first) > SUDDEN * before):
         text = f"the learning rate is {number(rates.at(first))} or less from step {first} on, {number(idle)} of {number(rates.span)} steps"
         return _found(where, text, first, rates)
-    moved = [reading.value for reading in chart["update_ratio"] if reading.step >= rates.steps[len(rates.steps) // 2]]
-    if rates.span >= MANY and rates.straight_rise() and moved and sorted(moved)[len(moved) // 2] < ORDINARY:
+    if rates.span >= MANY and rates.straight_rise() and _small_updates(chart, rates):
         text = f"the learning rate still rises at the last step, to {number(rates.peak)}: the warm-up is longer than the run"
         return _found(where, text, 0, rates)
     return None
+
+
+def _small_updates(chart: Chart, rates: Rates) -> bool:
+    """True if in the run's second half the updates were smaller than healthy ones at a full rate."""
+    moved = [reading.value for reading in chart["update_ratio"] if reading.step >= rates.steps[len(rates.steps) // 2]]
+    return bool(moved) and sorted(moved)[len(moved) // 2] < ORDINARY
 
 
 def _found(cause: Reading, text: str, step: int, rates: Rates, severity: Severity = "warning") -> Diagnosis:
