@@ -1,7 +1,8 @@
-"""Train the reference transformer on a text file, character by character.
+"""Train the reference transformer on texts.
 
-The defaults are nanoGPT's recipe for a CPU: 4 layers, 4 heads, 128 wide, context 64, 2000 steps of 12 rows.
-The run's folder holds the checkpoint for `sickbay generate`; --resume goes on from it, bit for bit.
+The defaults are nanoGPT's recipe for a CPU: 4 layers, 4 heads, 128 wide, context 64, 2000 steps of 12 rows, character by
+character. A flag overrules --config, that its --preset, that the defaults. The run's folder holds the checkpoint for
+`sickbay generate` and config.toml, all of its settings; --resume goes on from it, bit for bit.
 """
 
 from __future__ import annotations
@@ -10,91 +11,77 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sickbay.core.errors import UsageError
 
 if TYPE_CHECKING:
     from sickbay.reference.checkpoint import State
     from sickbay.reference.data import Corpus
+    from sickbay.reference.settings import Settings, Tables
 
 NAME = "train"
-
-# Option, its kind, its meaning. None stands for "not given", so that a resumed run can tell what the user asked for.
-_SHAPE: tuple[tuple[str, Any, str], ...] = (
-    ("layers", int, "blocks (4)"),
-    ("heads", int, "attention heads (4)"),
-    ("dim", int, "width (128)"),
-    ("ffn-dim", int, "width inside the feed-forward part (4 x dim)"),
-    ("context", int, "positions of one row (64)"),
-    ("dropout", float, "share of activations dropped (0)"),
-    ("norm", ("rmsnorm", "layernorm"), "normalisation (rmsnorm)"),
-    ("norm-place", ("pre", "post"), "before each part or after its sum (pre)"),
-    ("positions", ("rotary", "learned"), "how positions are told (rotary)"),
-    ("activation", ("gelu", "swiglu", "relu"), "of the feed-forward part (gelu)"),
-)
-_RECIPE: tuple[tuple[str, Any, str], ...] = (
-    ("steps", int, "optimizer steps (2000)"),
-    ("batch", int, "rows of one micro-batch (12)"),
-    ("accumulation", int, "micro-batches of one step (1)"),
-    ("lr", float, "highest learning rate (1e-3)"),
-    ("min-lr", float, "learning rate at the end (a tenth of --lr)"),
-    ("warmup", int, "steps of linear rise (100)"),
-    ("beta2", float, "AdamW's second decay rate (0.99)"),
-    ("weight-decay", float, "decoupled, on matrices (0.1)"),
-    ("clip", float, "largest global gradient norm, 0 = never (1.0)"),
-    ("seed", int, "of weights, batches and dropout (1337)"),
-    ("eval-every", int, "steps between evaluations, 0 = only at the end (250)"),
-    ("save-every", int, "steps between checkpoints, 0 = only at the end (500)"),
-)
-_FIELD = {"layers": "num_layers", "heads": "num_heads", "batch": "batch_size", "lr": "learning_rate", "min_lr": "min_learning_rate"}
+# What a resumed run may change: it touches no number of the steps already taken.
+FREE = ("steps", "eval_every", "save_every", "patience")
+PATHS = ("val", "cache", "translate_there", "translate_back")
+MADE = ("chars", "bytes", "bpe")  # tokenizers that are no path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options stand in `parser`."""
-    parser.add_argument("text", metavar="TEXT", type=Path, help="a UTF-8 text file; its last tenth is kept for validation")
+    from sickbay.reference import flags
+    from sickbay.reference.presets import PRESETS
+
+    parser.add_argument("text", metavar="TEXT", nargs="*", help="UTF-8 text files, JSONL files, folders of them, or - for stdin")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="settings as TOML, such as the config.toml of an earlier run")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="settings under one name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (sickbay-runs/<time>-train)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    for title, options in (("model", _SHAPE), ("recipe", _RECIPE)):
-        group = parser.add_argument_group(title)
-        for name, kind, meaning in options:
-            if isinstance(kind, tuple):
-                group.add_argument(f"--{name}", choices=kind, help=meaning)
-            else:
-                group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=meaning)
-    parser.add_argument("--untied", action="store_true", help="give the head its own matrix instead of the embedding's")
+    parser.add_argument(
+        "--find-lr", action="store_true", help="try learning rates on a model that is thrown away, print a table, train nothing"
+    )
     parser.add_argument("--device", help="torch device (cuda where there is one, else cpu)")
     parser.add_argument("--watch", action="store_true", help="let sickbay watch the loop")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    flags.add_flags(parser)
+    parser.add_argument("--untied", dest="tied_embeddings", action="store_false", default=None, help="--no-tied-embeddings")
 
 
 def main(args: argparse.Namespace) -> int:
     """0 when the model is trained and saved, 1 when its loss is no longer finite. Raises UsageError."""
-    shape, chosen = _given(args, _SHAPE), _given(args, _RECIPE)
-    if args.untied:
-        shape["tied_embeddings"] = False
-    if "clip" in chosen:
-        chosen["clip"] = chosen["clip"] or None
+    from sickbay.reference import settings as settings_of
+
+    asked, texts = _asked(args)
     if args.resume and args.out is None:
         raise UsageError("--resume needs --out DIR, the folder of the run to go on from")
     out = args.out or Path("sickbay-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-train"
+    earlier = None if args.find_lr else _earlier(out, args.resume)
 
     from sickbay.reference import train
-    from sickbay.reference.config import Config
-    from sickbay.reference.recipe import Recipe
+    from sickbay.reference.precision import slow_here
 
-    earlier = _earlier(out, args.resume)
     try:
         # The whole command is checked before anything is written.
-        recipe = _continued(earlier, shape, chosen) if earlier else Recipe(**chosen)
-        config = earlier.config if earlier else Config(**shape)
+        settings = settings_of.checked(asked, texts) if earlier is None else _continued(earlier, out, asked, texts)
+        if not settings.texts:
+            raise UsageError("no text to train on; give a text file: sickbay train TEXT")
         device = _device(args.device)
-        corpus = _corpus(args.text, out, config.context, earlier)
-        config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size)
-        result = train.train(corpus, config, recipe, out, resume=earlier, device=device, watch=args.watch)
+        if slow := slow_here(settings.recipe.precision, device):
+            print(f"note: {slow}", file=sys.stderr)
+        if args.find_lr:
+            return _find_learning_rate(settings, asked, device, args.json)
+        corpus = _corpus(settings, out, earlier)
+        settings = _with_vocabulary(settings, asked, corpus) if earlier is None else settings
+        out.mkdir(parents=True, exist_ok=True)
+        settings_of.write(settings, out / settings_of.FILE)
+        result = train.train(
+            corpus, settings.model, settings.recipe, out, texts=settings.data, resume=earlier, device=device, watch=args.watch
+        )
     except ValueError as problem:
         raise UsageError(str(problem)) from problem
     except OSError as problem:
@@ -113,10 +100,21 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace, options: tuple[tuple[str, Any, str], ...]) -> dict[str, Any]:
-    """The options the user gave, by the field's name."""
-    names = [name.replace("-", "_") for name, _, _ in options]
-    return {_FIELD.get(name, name): getattr(args, name) for name in names if getattr(args, name) is not None}
+def _asked(args: argparse.Namespace) -> tuple[Tables, tuple[str, ...]]:
+    """(the settings asked for, each by the highest that names it, the texts). Raises UsageError."""
+    from sickbay.reference import flags, settings
+    from sickbay.reference.presets import PRESETS
+
+    tables, texts, preset = settings.read(args.config) if args.config else ({}, (), None)
+    preset = args.preset or preset
+    asked = settings.layered(PRESETS[preset] if preset else {}, tables, flags.given(args))
+    if asked["recipe"].get("clip") == 0:
+        asked["recipe"]["clip"] = None  # another word for never
+    # Whole paths: the config.toml that keeps them is used from anywhere.
+    for field, value in asked["data"].items():
+        if value is not None and (field in PATHS or (field == "tokenizer" and value not in MADE)):
+            asked["data"][field] = os.path.abspath(value)
+    return asked, tuple(text if text == "-" else os.path.abspath(text) for text in args.text or texts)
 
 
 def _earlier(out: Path, resume: bool) -> State | None:
@@ -137,35 +135,73 @@ def _earlier(out: Path, resume: bool) -> State | None:
         raise UsageError(f"cannot resume: {problem}") from problem
 
 
-def _continued(earlier: State, shape: dict[str, Any], chosen: dict[str, Any]) -> Any:
-    """The recipe of `earlier`, only --steps (and what does not touch the numbers) changed. Raises UsageError otherwise."""
-    from sickbay.reference.recipe import Recipe
+def _continued(earlier: State, out: Path, asked: Tables, texts: tuple[str, ...]) -> Settings:
+    """The settings of `earlier`, only --steps (and what does not touch the numbers) changed. Raises UsageError otherwise."""
+    from sickbay.reference import settings
 
-    recorded = {**dataclasses.asdict(earlier.config), **earlier.recipe}
-    free = ("steps", "eval_every", "save_every")
-    changed = [field for field, value in {**shape, **chosen}.items() if field not in free and recorded[field] != value]
+    kept, kept_texts, _ = settings.read(out / settings.FILE) if (out / settings.FILE).is_file() else ({}, (), None)
+    recorded = {**kept, "model": dataclasses.asdict(earlier.config), "recipe": earlier.recipe}
+    whole = settings.layered({table: dataclasses.asdict(held()) for table, held in settings.TABLES.items()}, recorded)
+    changed = [
+        f"{field} was {whole[table][field]}"
+        for table, fields in asked.items()
+        for field, value in fields.items()
+        if field not in (*FREE, *PATHS) and whole[table][field] != value
+    ]
     if changed:
-        was = ", ".join(f"{field} was {recorded[field]}" for field in changed)
-        raise UsageError(f"a resumed run keeps its model and recipe ({was}); leave the option out, or start anew with another --out")
-    recipe = Recipe(**{**earlier.recipe, **{field: chosen[field] for field in free if field in chosen}})
-    if recipe.steps <= earlier.step:
-        raise UsageError(f"{earlier.folder} has all of its {recipe.steps} steps; a larger --steps goes on")
-    return recipe
+        raise UsageError(
+            f"a resumed run keeps its model and recipe ({', '.join(changed)}); leave the option out, or start anew with another --out"
+        )
+    freed = {"recipe": {field: value for field, value in asked["recipe"].items() if field in FREE}}
+    paths = {"data": {field: value for field, value in asked["data"].items() if field in PATHS}}
+    found = settings.checked(settings.layered(recorded, freed, paths), texts or kept_texts)
+    if found.recipe.steps <= earlier.step:
+        raise UsageError(f"{earlier.folder} has all of its {found.recipe.steps} steps; a larger --steps goes on")
+    return found
 
 
-def _corpus(text: Path, out: Path, context: int, earlier: State | None) -> Corpus:
-    """The text's tokens, kept beside the run's folder. Raises UsageError where the text or the folder cannot be used."""
+def _corpus(settings: Settings, out: Path, earlier: State | None) -> Corpus:
+    """The texts' tokens, kept beside the run's folder. Raises UsageError where a text or the folder cannot be used."""
     from sickbay.reference import data
 
     tokenizer, source = (None, None) if earlier is None else (earlier.tokenizer, earlier.source)
+    places = [Path(text) for text in settings.texts]
+    cache = out.parent / "tokens" if settings.data.cache is None else Path(settings.data.cache)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return data.prepare(text, out.parent / "tokens", None, tokenizer, expected=source, context=context)
+        return data.prepare(places, cache, settings.data, tokenizer, expected=source, context=settings.model.context)
     except OSError as problem:
-        raise UsageError(f"{problem.filename or text}: {problem.strerror}; choose a readable TEXT and a writable --out") from problem
+        raise UsageError(f"{problem.filename or places[0]}: {problem.strerror}; choose a readable TEXT and a writable --out") from problem
     finally:
         with contextlib.suppress(OSError):
             out.rmdir()  # only where it is empty
+
+
+def _with_vocabulary(settings: Settings, asked: Tables, corpus: Corpus) -> Settings:
+    """`settings` with the tokenizer's ids, or the more that were asked for. Raises UsageError where fewer were."""
+    ids = corpus.tokenizer.vocab_size
+    size = asked["model"].get("vocab_size", ids)
+    if size < ids:
+        raise UsageError(f"vocab_size is {size}; it must be at least {ids}, the tokenizer's ids; leave it out to take them all")
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=size))
+
+
+def _find_learning_rate(settings: Settings, asked: Tables, device: str, as_json: bool) -> int:
+    """0 when the table of tried learning rates is printed; nothing is kept."""
+    from sickbay.reference import find_lr
+
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = _corpus(settings, Path(folder) / "run", None)
+        settings = _with_vocabulary(settings, asked, corpus)
+        found = find_lr.find_learning_rate(corpus, settings, device)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return 0
+    print("learning rate    loss (smoothed)")
+    for trial in found.rows():
+        print(f"{trial.learning_rate:>13.1e}    {trial.smoothed:.4f}{'  <- lowest' if trial == found.lowest else ''}")
+    print(found.advice())
+    return 0
 
 
 def _device(asked: str | None) -> str:

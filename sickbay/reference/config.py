@@ -23,7 +23,7 @@ class Config:
     `num_heads`: attention heads, each dim / num_heads wide.
     `num_kv_heads`: heads of keys and values, each shared by a group of query heads (Ainslie et al. 2023); none = num_heads.
     `ffn_dim`: width inside the feed-forward part; none = 4 x dim.
-    `vocab_size`: ids.
+    `vocab_size`: ids; a training takes its tokenizer's unless more are asked for.
     `context`: most positions of one row.
     `dropout`: share of activations dropped in training.
     `norm`: of mean square, or of mean and variance.
