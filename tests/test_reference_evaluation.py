@@ -9,14 +9,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sickbay.reference import card, closing
+from sickbay.reference.batches import spread_batches
 from sickbay.reference.config import Config
-from sickbay.reference.evaluation import Baselines, Evaluation, Manner, baselines, evaluate, manner, pieces, whole
+from sickbay.reference.evaluation import Baselines, Evaluation, Manner, baselines, evaluate, manner, pieces
 from sickbay.reference.flops import training_flops_per_token
 from sickbay.reference.model import Transformer
 from sickbay.reference.outlook import line, outlook
@@ -34,32 +35,13 @@ class Table(nn.Module):
         return self.logits_VV[ids_BT]
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7))
-def test_every_token_but_the_first_is_a_target_exactly_once_after_the_one_before_it(count: int, context: int, batch_size: int) -> None:
-    tokens = np.arange(count, dtype=np.uint16)
-    seen = []
-    for ids, targets in whole(tokens, context, batch_size):
-        assert ids.shape == targets.shape
-        assert ids.shape[0] <= batch_size
-        assert ids.shape[1] <= context
-        assert torch.equal(ids + 1, targets)
-        seen += targets.flatten().tolist()
-    assert seen == list(range(1, count))
-
-
-def test_a_text_too_short_to_evaluate_on_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 tokens to evaluate on; at least 2"):
-        next(whole(np.zeros(1, dtype=np.uint16), 8, 1))
-
-
 def test_the_loss_is_the_mean_over_tokens_whatever_the_batches() -> None:
     logits_VV = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     tokens = np.random.default_rng(0).integers(0, 5, 101)
     ids = torch.from_numpy(tokens)
     expected = functional.cross_entropy(logits_VV[ids[:-1]], ids[1:]).item()
     for context, batch_size in ((100, 1), (7, 3), (64, 12)):
-        found = evaluate(Table(logits_VV), whole(tokens, context, batch_size))
+        found = evaluate(Table(logits_VV), spread_batches(tokens, context, batch_size))
         assert found.tokens == 100
         assert found.loss == pytest.approx(expected, abs=1e-6)
         assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
@@ -83,7 +65,7 @@ def test_padding_and_ignored_targets_do_not_count_and_the_mode_is_kept() -> None
 def test_the_standard_error_is_that_of_the_rows() -> None:
     logits_VV = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
     tokens = np.random.default_rng(1).integers(0, 6, 10_001)
-    found = evaluate(Table(logits_VV), whole(tokens, 10, 50))
+    found = evaluate(Table(logits_VV), spread_batches(tokens, 10, 50))
     ids = torch.from_numpy(tokens)
     rows = functional.cross_entropy(logits_VV[ids[:-1]], ids[1:], reduction="none").view(-1, 10).mean(1)
     assert found.error == pytest.approx(float(rows.std()) / math.sqrt(1000), rel=1e-4)

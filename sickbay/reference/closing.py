@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from sickbay.reference.batches import Tokens, spread_batches
 from sickbay.reference.card import Closing, Sample
 from sickbay.reference.decoding import Decoding
-from sickbay.reference.evaluation import Batch, Evaluation, Tokens, baselines, evaluate, manner, whole
+from sickbay.reference.evaluation import Evaluation, baselines, evaluate, manner
 from sickbay.reference.flops import measured_peak, training_flops_per_token
 from sickbay.reference.generate import generate
 from sickbay.reference.model import Transformer
@@ -42,20 +42,25 @@ def close(
     validation: Tokens,
     bytes_per_token: float,
     batch_size: int,
+    *,
+    end_of_text: int | None = None,
     evaluated: Evaluation | None = None,
 ) -> Closing:
-    """The card of `training`, which left `model`. `train`, `validation`: `(N,)` ids. `evaluated`: on all of `validation`, if already known.
+    """The card of `training`, which left `model`. `train`, `validation`: `(N,)` ids.
 
-    torch's random states are as they were. Raises ValueError where there are fewer than two tokens.
+    `end_of_text`: the id that ends the documents packed in a row. `evaluated`: the loss on all of `validation`, if already known.
+    torch's random state is as it was. Raises ValueError where the tokens fill no window.
     """
     config, device = model.config, model.token_embedding.weight.device
-    rows = min(TRAIN_ROWS, max(1, (len(train) - 1) // config.context))
-    starts = np.linspace(0, max(0, len(train) - 1 - config.context), rows).astype(np.int64).tolist()
-    windows = (batch for start in starts for batch in whole(train[start : start + config.context + 1], config.context, 1))
+
+    def judged(tokens: Tokens, most_rows: int | None = None) -> Evaluation:
+        rows = spread_batches(tokens, config.context, batch_size, most_rows, end_of_text=end_of_text)
+        return evaluate(model, ((ids.to(device), targets.to(device)) for ids, targets in rows), config.pad_id, end_of_text)
+
     random = torch.get_rng_state()
     try:
         if evaluated is None:
-            evaluated = evaluate(model, on(device, whole(validation, config.context, batch_size)), config.pad_id)
+            evaluated = judged(validation)
         peak = measured_peak(str(device))
         sample = write_sample(model, tokenizer, train, bytes_per_token)
     finally:
@@ -73,7 +78,7 @@ def close(
         bytes_per_token=bytes_per_token,
         baselines=baselines(train, validation, tokenizer.vocab_size),
         sample=sample,
-        outlook=outlook(training.history, evaluate(model, on(device, joined(windows, batch_size)), config.pad_id), evaluated),
+        outlook=outlook(training.history, judged(train, TRAIN_ROWS), evaluated),
         ways_on=training.ways_on,
     )
 
@@ -92,20 +97,3 @@ def write_sample(model: Transformer, tokenizer: Tokenizer, train: Tokens, bytes_
     ids = torch.tensor([[start]], device=model.token_embedding.weight.device)
     written = torch.cat(list(generate(model, ids, count, Decoding(), vocab_size=tokenizer.vocab_size))).cpu()
     return Sample(prompt, tokenizer.decode(written), manner([written.numpy()], train))
-
-
-def joined(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
-    """Rows of `batches`, all of one length, `batch_size` at a time."""
-    held: list[Batch] = []
-    for batch in batches:
-        held.append(batch)
-        if len(held) == batch_size:
-            yield torch.cat([ids for ids, _ in held]), torch.cat([targets for _, targets in held])
-            held = []
-    if held:
-        yield torch.cat([ids for ids, _ in held]), torch.cat([targets for _, targets in held])
-
-
-def on(device: torch.device, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """`batches`, each moved to `device` when it is asked for."""
-    return ((ids.to(device), targets.to(device)) for ids, targets in batches)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sickbay.core import repetition
 from sickbay.core.ngrams import NGrams, windows
+from sickbay.reference.batches import Batch, Tokens
 from sickbay.reference.loss import IGNORED, counted
-
-Tokens = npt.NDArray[Any]
-Batch = tuple[Tensor, Tensor]
+from sickbay.reference.packing import documents_of
 
 GRAMS = (1, 2, 3)
 MOST_COUNTED = 5_000_000  # tokens of the training part from which the tables are made: seconds, not minutes
@@ -45,26 +42,12 @@ class Evaluation:
         return self.loss / math.log(2) / bytes_per_token
 
 
-def whole(tokens: Tokens, context: int, batch_size: int) -> Iterator[Batch]:
-    """`tokens` `(N,)` as windows in order, so that each token but the first is a target exactly once; the last batch may be shorter.
-
-    Raises ValueError for fewer than two tokens.
-    """
-    if len(tokens) < 2:
-        raise ValueError(f"there are {len(tokens)} tokens to evaluate on; at least 2 are needed")
-    rows = (len(tokens) - 1) // context
-    for begin in range(0, rows, batch_size):
-        end = min(begin + batch_size, rows) * context
-        ids = torch.from_numpy(tokens[begin * context : end + 1].astype(np.int64))
-        yield ids[:-1].view(-1, context), ids[1:].view(-1, context)
-    if (len(tokens) - 1) % context:
-        ids = torch.from_numpy(tokens[rows * context :].astype(np.int64))
-        yield ids[None, :-1], ids[None, 1:]
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], pad_id: int | None = None) -> Evaluation:
-    """The loss over all targets of `batches` that are neither `pad_id` nor -100, without dropout; the model's mode is as it was."""
+def evaluate(model: nn.Module, batches: Iterable[Batch], pad_id: int | None = None, end_of_text: int | None = None) -> Evaluation:
+    """The loss over all targets of `batches` that are neither `pad_id` nor -100, without dropout; the model's mode is as it was.
+
+    `end_of_text`: the id that ends the documents packed in a row.
+    """
     was_training = model.training
     model.eval()
     losses: list[Tensor] = []
@@ -72,7 +55,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], pad_id: int | None = No
     try:
         for ids_BT, targets_BT in batches:
             targets_N = counted(targets_BT, pad_id).flatten()
-            logits_NV = model(ids_BT).flatten(0, 1).float()
+            logits_BTV = model(ids_BT) if end_of_text is None else model(ids_BT, documents_of(ids_BT, end_of_text))
+            logits_NV = logits_BTV.flatten(0, 1).float()
             loss_N = functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
             losses.append(loss_N.view_as(targets_BT).double().sum(1).cpu())
             counts.append((targets_N != IGNORED).view_as(targets_BT).sum(1).cpu())
