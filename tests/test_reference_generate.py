@@ -1,8 +1,8 @@
-"""Decoding keeps its promises for all logits and settings."""
+"""Generation is the model's own forward pass: with the cache, in batches, past the context, at any seed."""
 
 from __future__ import annotations
 
-import math
+import itertools
 from typing import Any
 
 import pytest
@@ -11,134 +11,167 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sickbay.reference.cache import Cache
 from sickbay.reference.config import Config
-from sickbay.reference.generate import Decoding, generate, keep_top_k, keep_top_p, next_token, penalise_repetition
+from sickbay.reference.decoding import Decoding
+from sickbay.reference.generate import generate, generate_plainly
 from sickbay.reference.model import Transformer
+from sickbay.reference.reader import Reader
 
-LOGITS = st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=40).map(lambda values: torch.tensor([values]))
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    return logits.log_softmax(dim=-1)
-
-
-@given(LOGITS, st.integers(1, 50))
-@settings(deadline=None)
-def test_top_k_keeps_exactly_the_k_highest(logits: Tensor, count: int) -> None:
-    kept = keep_top_k(logits, count)[0].isfinite()
-    assert int(kept.sum()) == min(count, logits.shape[1])
-    if not kept.all():
-        assert logits[0, kept].min() >= logits[0, ~kept].max()
+PAD = 0
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gpt2": {"norm": "layernorm", "positions": "learned", "bias": True},
+    "grouped": {"num_kv_heads": 2, "qk_norm": True},
+    "one key head": {"num_kv_heads": 1, "activation": "swiglu", "logit_softcap": 5.0},
+    "post-norm, own head": {"norm_place": "post", "tied_embeddings": False, "activation": "relu2"},
+    "padding": {"pad_id": PAD},
+    "padding, learned, grouped": {"pad_id": PAD, "positions": "learned", "num_kv_heads": 2},
+}
 
 
-@given(LOGITS, st.floats(1e-6, 1.0))
-@settings(deadline=None)
-def test_top_p_keeps_the_smallest_set_that_holds_the_mass_and_never_none(logits: Tensor, mass: float) -> None:
-    scores = log_probabilities(logits)
-    filtered = keep_top_p(scores, mass)[0]
-    kept, probabilities = filtered.isfinite(), scores[0].double().exp()
-    assert kept.any()
-    held = probabilities[kept].sum().item()
-    assert held >= mass - 1e-5
-    if int(kept.sum()) > 1:
-        assert held - probabilities[kept].min().item() < mass + 1e-5
-    if not kept.all():
-        assert probabilities[kept].min() >= probabilities[~kept].max()
+def transformer(seed: int = 0, **changes: Any) -> Transformer:
+    """A tiny model whose weights are large enough for its distributions to be far from uniform."""
+    torch.manual_seed(seed)
+    model = Transformer(Config(**{"dim": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 11, "context": 16, **changes})).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(8)
+    return model
 
 
-def test_top_p_of_one_is_no_filter_and_a_tiny_one_is_the_likeliest() -> None:
-    scores = log_probabilities(torch.tensor([[0.0, 5.0, -40.0, 1.0]]))
-    assert torch.equal(keep_top_p(scores, 1.0), scores)
-    assert keep_top_p(scores, 1e-9)[0].isfinite().tolist() == [False, True, False, False]
+def ids_of(rows: int, length: int, least: int = 1, seed: int = 0) -> Tensor:
+    return torch.randint(least, 11, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@given(LOGITS, st.floats(1.0, 5.0), st.floats(-30, 30), st.data())
-@settings(deadline=None)
-def test_the_penalty_lowers_once_per_distinct_token_whatever_constant_the_logits_carry(
-    logits: Tensor, penalty: float, shift: float, draw: Any
+def written(model: Transformer, prompts: list[Tensor], count: int, decoding: Decoding, seed: int = 0) -> Tensor:
+    return torch.stack(list(generate(model, prompts, count, decoding, seed)), dim=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@given(cuts=st.lists(st.integers(1, 15), max_size=5), padding=st.lists(st.integers(0, 6), min_size=3, max_size=3))
+@settings(deadline=None, max_examples=20)
+def test_the_caches_logits_are_the_full_forwards_however_the_text_is_cut_and_padded(
+    shape: str, cuts: list[int], padding: list[int]
 ) -> None:
-    seen = torch.tensor([draw.draw(st.lists(st.integers(0, logits.shape[1] - 1), min_size=1, max_size=8))])
-    scores = log_probabilities(logits)
-    once = penalise_repetition(scores, seen, penalty)
-    assert (once <= scores).all()
-    assert torch.equal(once, penalise_repetition(scores, torch.cat((seen, seen), dim=1), penalty))
-    unseen = torch.ones(logits.shape[1], dtype=torch.bool)
-    unseen[seen[0]] = False
-    assert torch.equal(once[0, unseen], scores[0, unseen])
-    torch.testing.assert_close(once[0, ~unseen], scores[0, ~unseen] * penalty)
-    shifted = penalise_repetition(log_probabilities(logits + shift), seen, penalty)
-    torch.testing.assert_close(shifted, once, atol=1e-3, rtol=1e-4)
+    model = transformer(**SHAPES[shape])
+    ids = ids_of(3, 16)
+    if model.config.pad_id is not None:
+        for row, width in zip(ids, padding):
+            row[:width] = PAD
+    edges = [0, *sorted(set(cuts)), 16]
+    with torch.inference_mode():
+        whole = model(ids)
+        cache = Cache(model.config, 3)
+        parts = torch.cat([model(ids[:, begin:end], cache=cache) for begin, end in itertools.pairwise(edges)], dim=1)
+    real = ids != PAD
+    torch.testing.assert_close(parts[real], whole[real], atol=2e-5, rtol=2e-5)
 
 
-def test_negative_logits_are_penalised_too() -> None:
-    logits = torch.tensor([[-1.0, -1.1]])
-    assert next_token(logits, torch.tensor([[0]]), Decoding(temperature=0, repetition_penalty=1.5)).item() == 1
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_padded_on_the_left_without_any_padding_id_are_what_they_are_alone(shape: str) -> None:
+    model = transformer(**SHAPES[shape])
+    lengths = (5, 12, 1, 8)
+    rows = [ids_of(1, length, seed=length)[0] for length in lengths]
+    with torch.inference_mode():
+        cache = Cache(model.config, 4, padding=[12 - length for length in lengths])
+        joined = torch.stack([torch.cat((torch.full((12 - len(row),), 7), row)) for row in rows])
+        logits = torch.cat((model(joined[:, :6], cache=cache), model(joined[:, 6:], cache=cache)), dim=1)
+        for row, found in zip(rows, logits):
+            torch.testing.assert_close(found[-len(row) :], model(row[None])[0], atol=2e-5, rtol=2e-5)
 
 
-@given(LOGITS, st.floats(1e-300, 1e-4))
-@settings(deadline=None)
-def test_temperature_zero_is_the_likeliest_and_a_tiny_one_never_fails(logits: Tensor, temperature: float) -> None:
-    nothing = torch.zeros(1, 0, dtype=torch.long)
-    likeliest = next_token(logits, nothing, Decoding(temperature=0)).item()
-    assert log_probabilities(logits)[0, int(likeliest)] == log_probabilities(logits).max()  # which of several does not matter
-    chosen = next_token(logits, nothing, Decoding(temperature=temperature, top_k=3, top_p=0.9))
-    assert 0 <= chosen.item() < logits.shape[1]
+def test_the_cache_in_bfloat16_is_as_near_to_float32_as_the_forward_pass_in_bfloat16_is() -> None:
+    exact = transformer(num_kv_heads=2)
+    rounded = transformer(num_kv_heads=2).to(torch.bfloat16)
+    ids = ids_of(2, 16)
+    with torch.inference_mode():
+        truth, whole = exact(ids), rounded(ids).float()
+        cache = Cache(rounded.config, 2, dtype=torch.bfloat16)
+        parts = torch.cat([rounded(ids[:, begin : begin + 4], cache=cache) for begin in range(0, 16, 4)], dim=1).float()
+    assert (parts - truth).abs().max() <= 2 * (whole - truth).abs().max()
+    assert (parts - truth).abs().mean() <= 1.5 * (whole - truth).abs().mean()
 
 
-def test_drawn_tokens_follow_the_model_at_temperature_one_and_sharpen_below() -> None:
-    probabilities = torch.tensor([0.6, 0.3, 0.1])
-    logits, random = probabilities.log().expand(20_000, 3), torch.Generator().manual_seed(0)
-    nothing = torch.zeros(20_000, 0, dtype=torch.long)
-    shares = next_token(logits, nothing, Decoding(temperature=1.0), random).bincount(minlength=3) / 20_000
-    torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)  # 4 standard errors
-    sharp = next_token(logits, nothing, Decoding(temperature=0.5), random).bincount(minlength=3) / 20_000
-    torch.testing.assert_close(sharp, probabilities**2 / (probabilities**2).sum(), atol=0.015, rtol=0)
+@pytest.mark.parametrize("shape", ["plain", "gpt2", "grouped"])
+def test_the_cache_gives_the_tokens_of_the_plain_loop_also_past_the_context(shape: str) -> None:
+    model = transformer(**SHAPES[shape])
+    for prompt in (ids_of(1, 3)[0], ids_of(1, 16)[0], ids_of(1, 40)[0]):
+        for decoding in (Decoding(temperature=0), Decoding(temperature=1.0, top_k=8), Decoding(temperature=1.0, no_repeat_ngram=3)):
+            found = written(model, [prompt], 50, decoding, seed=3)[0]
+            assert torch.equal(found, generate_plainly(model, prompt, 50, decoding, seed=3))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"temperature": -0.1}, ["temperature", "-0.1", "at least 0"]),
-        ({"temperature": math.nan}, ["temperature", "nan"]),
-        ({"top_k": 0}, ["top_k", "0", "at least 1"]),
-        ({"top_p": 0.0}, ["top_p", "above 0"]),
-        ({"top_p": 1.1}, ["top_p", "1.1", "at most 1"]),
-        ({"repetition_penalty": 0.9}, ["repetition_penalty", "0.9", "at least 1"]),
-    ],
-)
-def test_impossible_settings_are_refused_with_field_value_and_range(change: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError) as refusal:
-        Decoding(**change)
-    assert all(word in str(refusal.value) for word in words), refusal.value
+@pytest.mark.parametrize("shape", ["plain", "gpt2", "grouped", "padding"])
+@given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=8)
+def test_each_row_of_a_batch_is_its_own_single_run_with_its_own_seed(shape: str, lengths: list[int], seed: int) -> None:
+    model = transformer(**SHAPES[shape])
+    prompts = [ids_of(1, length, seed=number)[0] for number, length in enumerate(lengths)]
+    decoding = Decoding(temperature=1.0, top_p=0.9, repetition_penalty=1.2, no_repeat_ngram=4)
+    together = written(model, prompts, 25, decoding, seed)
+    for number, prompt in enumerate(prompts):
+        assert torch.equal(together[number], written(model, [prompt], 25, decoding, seed + number)[0])
 
 
-def test_damaged_weights_are_named_instead_of_sampled() -> None:
-    with pytest.raises(ValueError, match="not finite"):
-        next_token(torch.tensor([[0.0, math.nan]]), torch.zeros(1, 0, dtype=torch.long), Decoding())
+def test_a_full_context_is_read_again_from_its_last_half_and_nothing_else_is_ever_read_twice() -> None:
+    model = transformer(context=8)
+    widths = []
+    model.token_embedding.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
+    list(generate(model, ids_of(1, 3), 20, Decoding()))
+    # 3 + 5 fill the context; then the last 4 are read again and 4 more fit.
+    assert widths == [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
 
 
-def test_generation_runs_past_the_context_repeats_by_seed_and_restores_the_mode() -> None:
-    torch.manual_seed(0)
-    model = Transformer(Config(dim=16, num_layers=1, num_heads=2, vocab_size=11, context=8, dropout=0.5))
-    start = torch.tensor([[1, 2, 3]])
+def test_a_context_of_one_position_goes_on() -> None:
+    model = transformer(context=1)
+    found = written(model, [ids_of(1, 3)[0], ids_of(1, 1)[0]], 6, Decoding(temperature=0))
+    assert torch.equal(found[0], generate_plainly(model, ids_of(1, 3)[0], 6, Decoding(temperature=0)))
 
-    def sample(seed: int) -> list[int]:
-        return [int(token) for token in generate(model, start, 30, Decoding(), torch.Generator().manual_seed(seed))]
 
-    assert sample(1) == sample(1) != sample(2)
-    assert len(sample(1)) == 30
+def test_the_same_seed_gives_the_same_text_and_the_mode_is_restored() -> None:
+    model = transformer(dropout=0.5).train()
+    prompts = [ids_of(1, 3)[0]]
+    decoding = Decoding(temperature=1.0)
+    assert torch.equal(written(model, prompts, 30, decoding, 1), written(model, prompts, 30, decoding, 1))
+    assert not torch.equal(written(model, prompts, 30, decoding, 1), written(model, prompts, 30, decoding, 2))
     assert model.training
-    stream = generate(model, start, 30, Decoding())
-    next(stream)
+    stream = generate(model, prompts, 30, decoding)
+    first = next(stream)
     assert torch.is_grad_enabled()
+    assert not first.is_inference()  # a caller may train on what was generated
     stream.close()
     assert model.training
 
 
-def test_each_generated_token_is_the_models_own_answer_to_the_text_so_far() -> None:
-    torch.manual_seed(0)
-    model = Transformer(Config(dim=16, num_layers=2, num_heads=2, vocab_size=11, context=16))
-    ids = torch.tensor([[1, 2, 3]])
-    greedy = torch.stack(list(generate(model, ids, 10, Decoding(temperature=0))), dim=1)
-    whole = torch.cat((ids, greedy), dim=1)
-    assert torch.equal(model(whole)[:, 2:-1].argmax(dim=-1), greedy)
+def test_ids_beyond_the_tokenizers_are_never_chosen() -> None:
+    model = transformer()
+    found = torch.stack(list(generate(model, ids_of(1, 3), 60, Decoding(temperature=5.0), vocab_size=4)))
+    assert int(found.max()) < 4
+
+
+@pytest.mark.parametrize("prompts", [[], [torch.tensor([1]), torch.zeros(0, dtype=torch.long)]])
+def test_nothing_to_go_on_from_is_refused(prompts: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        next(generate(transformer(), prompts, 3, Decoding()))
+
+
+@pytest.mark.parametrize("shape", ["plain", "grouped"])
+def test_rows_can_be_exchanged_copied_and_dropped_while_reading(shape: str) -> None:
+    model = transformer(**SHAPES[shape])
+    rows = [ids_of(1, length, seed=length)[0] for length in (4, 7, 2)]
+    with torch.inference_mode():
+        reader = Reader(model, rows, 20)
+        reader.start()
+        for order in ([2, 0, 1], [0, 0, 1, 2], [3, 1]):
+            reader.select(torch.tensor(order))
+            rows = [rows[number] for number in order]
+            for _ in range(5):
+                chosen = torch.randint(0, 11, (len(rows),))
+                logits = reader.append(chosen)
+                rows = [torch.cat((row, token[None])) for row, token in zip(rows, chosen)]
+        for row, found, held in zip(rows, logits, reader.written_BT):
+            if len(row) <= 16:
+                torch.testing.assert_close(found, model(row[None])[0, -1], atol=2e-5, rtol=2e-5)
+            assert torch.equal(held[held >= 0], row)

@@ -5,6 +5,8 @@ The letters behind names are shapes, told in blocks.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,43 +27,81 @@ class LayerCache:
         self.values_BGSK[:, :, begin : self.length] = value_BGTK
         return self.keys_BGSK[:, :, : self.length], self.values_BGSK[:, :, : self.length]
 
+    def select(self, rows_B: Tensor) -> None:
+        """Row i holds what row `rows_B[i]` held; there may be more rows than before, or fewer."""
+        self.keys_BGSK, self.values_BGSK = (self._selected(buffer, rows_B) for buffer in (self.keys_BGSK, self.values_BGSK))
+
+    def _selected(self, buffer_BGSK: Tensor, rows_B: Tensor) -> Tensor:
+        filled_BGSK = buffer_BGSK[:, :, : self.length].index_select(0, rows_B)
+        if len(rows_B) != len(buffer_BGSK):
+            buffer_BGSK = buffer_BGSK.new_empty(len(rows_B), *buffer_BGSK.shape[1:])
+        buffer_BGSK[:, :, : self.length] = filled_BGSK
+        return buffer_BGSK
+
 
 class Cache:
-    """The buffers of all layers for `rows` sequences, and which of their positions hold a token."""
+    """The buffers of all layers for `rows` sequences, and which of their positions hold a token.
 
-    def __init__(self, config: Config, rows: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    `dtype` and `device` are those of the model's activations. `padding`: how many positions on the left of each row hold
+    nothing, so that rows of different length end together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rows: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        padding: Sequence[int] | None = None,
+    ) -> None:
         shape = (rows, config.kv_heads, config.context, config.head_dim)
         self.layers = [
             LayerCache(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
             for _ in range(config.num_layers)
         ]
-        self._real_BS = torch.ones(rows, config.context, dtype=torch.bool, device=device)
-        self._before_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # tokens so far, without padding
-        self._padded = False
+        self._order_S = torch.arange(config.context, device=device)
+        self.clear(padding if padding is not None else [0] * rows)
 
     @property
     def length(self) -> int:
         """Positions held."""
         return self.layers[0].length
 
+    def clear(self, padding: Sequence[int]) -> None:
+        """Nothing is held; the next row's first positions are empty as `padding` says, one number a row."""
+        for layer in self.layers:
+            layer.length = 0
+        empty_B1 = torch.tensor(padding, device=self._order_S.device)[:, None]
+        self._real_BS = self._order_S >= empty_B1
+        self._before_B1 = torch.zeros_like(empty_B1)  # tokens so far, without padding
+        self._padded = any(padding)
+
+    def select(self, rows_B: Tensor) -> None:
+        """Row i goes on from what row `rows_B[i]` held; there may be more rows than before, or fewer."""
+        for layer in self.layers:
+            layer.select(rows_B)
+        self._real_BS, self._before_B1 = self._real_BS[rows_B], self._before_B1[rows_B]
+
     def begin(self, ids_BT: Tensor, pad_id: int | None) -> tuple[Tensor | None, Tensor]:
         """(which positions each of `ids_BT` sees `(B, 1, T, S)`, None = all before and itself; their positions `(T,)` or `(B, T)`).
 
-        Padding is seen by nobody and counts as no position.
+        Padding, whether told to `clear` or of the id `pad_id`, is seen by nobody and counts as no position.
         """
-        T, begin = ids_BT.shape[1], self.length
-        index_T = torch.arange(begin, begin + T, device=ids_BT.device)
-        if pad_id is None and not self._padded:
-            positions = index_T
+        begin, end = self.length, self.length + ids_BT.shape[1]
+        index_T = self._order_S[begin:end]
+        if pad_id is not None:
+            self._real_BS[:, begin:end] &= ids_BT != pad_id
+            self._padded = self._padded or not bool(self._real_BS[:, begin:end].all())
+        real_BT = self._real_BS[:, begin:end]
+        before_B1, self._before_B1 = self._before_B1, self._before_B1 + real_BT.sum(1, keepdim=True)
+        if not self._padded:
+            positions, alone = index_T, begin == 0 or end - begin == 1
         else:
-            real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if pad_id is None else ids_BT != pad_id
-            self._padded = self._padded or not bool(real_BT.all())
-            self._real_BS[:, begin : begin + T] = real_BT
-            positions = self._before_B1 + real_BT.cumsum(1) - real_BT.long()
-            self._before_B1 += real_BT.sum(1, keepdim=True)
-        if not self._padded and (T == 1 or begin == 0):
+            positions, alone = before_B1 + real_BT.cumsum(1) - real_BT.long(), False
+        if alone:
             return None, positions
-        order_S = torch.arange(begin + T, device=ids_BT.device)
-        visible_B1TS = (order_S <= index_T[:, None]) & self._real_BS[:, None, None, : begin + T]
+        order_S = self._order_S[:end]
+        visible_B1TS = (order_S <= index_T[:, None]) & self._real_BS[:, None, None, :end]
         # Each position sees itself: a softmax over no key at all is 0/0.
         return visible_B1TS | (order_S == index_T[:, None]), positions
