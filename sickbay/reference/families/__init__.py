@@ -1,0 +1,1 @@
+"""How other programs name the same weights: one file per family of checkpoints."""
