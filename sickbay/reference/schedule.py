@@ -32,7 +32,7 @@ def learning_rate_at(
         return peak * (step + 1) / (warmup + 1)
     if schedule == "constant":
         return peak
-    begin = max(warmup, round(steps * (1 - decay_share))) if schedule == "wsd" else warmup
+    begin = max(warmup, min(steps - 1, round(steps * (1 - decay_share)))) if schedule == "wsd" else warmup
     progress = min(1.0, max(0.0, (step - begin) / max(1, steps - begin)))
     if schedule == "cosine":
         return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)
