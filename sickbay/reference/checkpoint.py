@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from sickbay.reference import durable, random_states, shards
 from sickbay.reference.config import Config
 from sickbay.reference.model import Transformer
-from sickbay.reference.parallel import ALONE, World
 from sickbay.reference.tokenizer import Tokenizer
 from sickbay.reference.tokenizer import load as load_tokenizer
+from sickbay.reference.world import ALONE, World
 
 FORMAT = 2
 PREFIX = "step-"

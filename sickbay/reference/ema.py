@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from sickbay.reference.dtensor import local
+
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of `model` as `.module`, which `.update_parameters(model)` moves by 1 - decay towards it.
@@ -18,6 +20,8 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
     def move(averages: Sequence[Tensor], weights: Sequence[Tensor], moves: Tensor | int) -> None:
         number = int(moves)
-        torch._foreach_lerp_(list(averages), list(weights), 1 - min(decay, (1 + number) / (10 + number)))
+        torch._foreach_lerp_(
+            [local(average) for average in averages], [local(weight) for weight in weights], 1 - min(decay, (1 + number) / (10 + number))
+        )
 
     return AveragedModel(model, multi_avg_fn=torch.no_grad()(move))

@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """Raised when a run has ended because a signal asked it to. `signal`: its number; `folder`: the newest checkpoint, None = none."""
+    """Raised when a run has ended because a signal asked it to.
 
-    def __init__(self, number: int, step: int, folder: Path | None) -> None:
+    `signal`: its number. `folder`: the newest checkpoint, None = there is none. `unsaved`: why that of this step is not there.
+    """
+
+    def __init__(self, number: int, step: int, folder: Path | None, unsaved: OSError | None = None) -> None:
         self.signal, self.folder = number, folder
-        saved = f"its checkpoint is {folder}" if folder else "no checkpoint could be written"
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step:,}; {saved}")
+        lost = f"its checkpoint could not be written ({unsaved.strerror}), the newest is" if unsaved else "its checkpoint is"
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step:,}; {lost} {folder or 'missing: there is none'}")
 
 
 class Request:
@@ -29,29 +33,27 @@ class Request:
 
 
 @contextmanager
-def on_request() -> Iterator[Request]:
-    """Until the end of the block SIGINT and SIGTERM are noted, not obeyed; a second one acts as it did before."""
+def on_request(speaks: bool = True) -> Iterator[Request]:
+    """Until the end of the block SIGINT and SIGTERM are noted, not obeyed; a second one acts as it did before. `speaks`: on stderr."""
     request = Request()
-    before = {}
+    before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = number
         for known, handler in before.items():
             signal.signal(known, handler)
-        print(
-            f"\n{signal.Signals(number).name}: ending after this step, with a checkpoint; once more ends at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        if speaks:
+            name = signal.Signals(number).name
+            print(f"\n{name}: ending after this step, with a checkpoint; once more ends at once", file=sys.stderr, flush=True)
 
     try:
-        for number in SIGNALS:
-            before[number] = signal.getsignal(number)
-            signal.signal(number, note)
+        for known in SIGNALS:
+            before[known] = signal.getsignal(known)
+            signal.signal(known, note)
     except ValueError:  # not the main thread, whose signals are its own
         before.clear()
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for known, handler in before.items():
+            signal.signal(known, handler)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sickbay.reference.world import ALONE, World
+
 IGNORED = -100
 
 
@@ -40,8 +42,11 @@ def next_token_loss(
     return loss
 
 
-def token_shares(cycle: Sequence[tuple[Tensor, Tensor]], pad_id: int | None = None) -> list[float]:
-    """Each micro-batch's share of the counted targets of one step: the weights that make accumulation equal to one joined batch."""
+def token_shares(cycle: Sequence[tuple[Tensor, Tensor]], pad_id: int | None = None, world: World = ALONE) -> list[float]:
+    """Each micro-batch's share of the counted targets of one step: the weights that make accumulation equal to one joined batch.
+
+    Where processes share the rows, their number times that: they average gradients, and averaging then adds up the shares.
+    """
     counts = [int((counted(targets, pad_id) != IGNORED).sum()) for _, targets in cycle]
-    total = sum(counts)
-    return [count / total for count in counts] if total else [1 / len(cycle)] * len(cycle)
+    (total,) = world.sum(sum(counts))
+    return [count * world.shards / total for count in counts] if total else [1 / len(cycle)] * len(cycle)

@@ -1,4 +1,4 @@
-"""The same loop on many processes: what differs between one process and many is asked of a World.
+"""The same loop on many processes: the model dealt out to them, and its gradients brought together.
 
 ddp    every process holds the whole model and its own rows; gradients are averaged (Li et al. 2020, arXiv 2006.15704)
 fsdp   every process holds a share of each weight, gradient and moment, and gathers a block's weights while it computes
@@ -8,124 +8,50 @@ tp     every process holds some heads and hidden units of each block and sees al
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from sickbay.core.errors import UsageError
 from sickbay.reference.blocks import Attention
-from sickbay.reference.config import Config
 from sickbay.reference.dtensor import is_dtensor, local
-from sickbay.reference.loss import IGNORED
 from sickbay.reference.model import Transformer
+from sickbay.reference.world import World, rows_by_process
 
-Kind = Literal["none", "ddp", "fsdp", "tp"]
 NORM_EPS = 1e-6  # as in torch's clip_grad_norm_
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes that train one model together. `rank`: this one's number, from 0 to `size` - 1."""
+def deal_out(model: nn.Module, world: World, device: str = "cpu") -> None:
+    """`model`, which every process built alike, is on `device`, as much of it as `world.kind` gives this process.
 
-    rank: int = 0
-    size: int = 1
-    kind: Kind = "none"
-    device: str = "cpu"
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that prints and writes what is written once."""
-        return self.rank == 0
-
-    @property
-    def shards(self) -> int:
-        """Parts that a batch's rows are dealt to; under "tp" every process sees all rows."""
-        return 1 if self.kind == "tp" else self.size
-
-    @property
-    def shard(self) -> int:
-        """The part that this process sees."""
-        return self.rank % self.shards
-
-    def rows(self, ids_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's rows of a batch; where there are fewer rows than parts, the last row with no target that counts."""
-        if self.shards == 1:
-            return ids_BT, targets_BT
-        if self.shard >= len(ids_BT):
-            return ids_BT[-1:], torch.full_like(targets_BT[-1:], IGNORED)
-        return ids_BT[self.shard :: self.shards], targets_BT[self.shard :: self.shards]
-
-    def sum(self, *numbers: float) -> list[float]:
-        """Each number added up over the parts of the batch, in float64."""
-        if self.shards == 1:
-            return list(numbers)
-        totals = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: the GPU need not be waited for
-        torch.distributed.all_reduce(totals)
-        return totals.tolist()
-
-    def most(self, number: int) -> int:
-        """The highest that any process gave."""
-        if self.size == 1:
-            return number
-        highest = torch.tensor(number)
-        torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
-        return int(highest)
-
-    def row_order(self, name: str, config: Config) -> list[int] | None:
-        """The rows of the whole tensor `name` in the order in which the processes hold them; None = from the first to the last."""
-        split = self.kind == "tp" and "attention.query_key_value." in name
-        return _rows_by_process(config, self.size) if split else None
-
-
-ALONE = World()
-
-
-@contextmanager
-def together(kind: Kind, device: str = "cpu") -> Iterator[World]:
-    """The World that torchrun started this process in. Raises UsageError where `kind` and the way of starting do not belong together."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if kind == "none":
-        if size > 1:
-            raise UsageError(f"{size} processes were started, yet parallel is 'none': each would train for itself; choose ddp, fsdp or tp")
-        yield World(device=device)
-        return
-    if "RANK" not in os.environ:
-        raise UsageError(f"parallel is {kind!r}, which torchrun must start: torchrun --nproc-per-node 2 -m sickbay train ...")
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # Counts and flags travel between CPUs, so that no step waits for the GPU to tell them.
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield World(int(os.environ["RANK"]), size, kind, device)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def spread(model: Transformer, world: World) -> nn.Module:
-    """What to call for logits: `model`, which every process built alike, dealt out as `world.kind` says. Make the optimizer after this.
-
-    "fsdp" and "tp" turn its parameters into DTensors. Raises UsageError where heads or hidden units cannot be dealt out evenly.
+    "fsdp" and "tp" turn parameters into DTensors: make the optimizer after this.
+    Raises UsageError where heads or hidden units cannot be dealt out evenly.
     """
-    if world.kind == "ddp":
-        from torch.nn.parallel import DistributedDataParallel
-
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    assert isinstance(model, Transformer)
     if world.kind == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
-        mesh = torch.distributed.init_device_mesh(torch.device(world.device).type, (world.size,))
+        mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh)  # moves a block at a time: the whole model need not fit the device
         fully_shard(model, mesh=mesh)
+        return
+    model.to(device)
     if world.kind == "tp":
         _split_blocks(model, world)
-    return model
+
+
+def exchanging(model: Transformer, world: World) -> nn.Module:
+    """What to call for logits so that the gradients of all rows reach every process: `model`, under "ddp" inside torch's wrapper."""
+    if world.kind != "ddp":
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def _split_blocks(model: Transformer, world: World) -> None:
@@ -136,7 +62,7 @@ def _split_blocks(model: Transformer, world: World) -> None:
     for field, count in (("num_heads", config.num_heads), ("num_kv_heads", config.kv_heads), ("ffn_dim", config.hidden_dim)):
         if count % size:
             raise UsageError(f"{field} is {count}; with parallel='tp' it must be a multiple of the {size} processes")
-    mesh = torch.distributed.init_device_mesh(torch.device(world.device).type, (size,))
+    mesh = init_device_mesh(torch.device(world.device).type, (size,))
     plan = {
         "attention.query_key_value": ColwiseParallel(),
         "attention.output": RowwiseParallel(),
@@ -144,7 +70,7 @@ def _split_blocks(model: Transformer, world: World) -> None:
         "feed_forward.gate": ColwiseParallel(),
         "feed_forward.down": RowwiseParallel(),
     }
-    order = torch.tensor(_rows_by_process(config, size))
+    order = torch.tensor(rows_by_process(config, size))
     for block in model.blocks:
         attention = block.attention
         assert isinstance(attention, Attention)
@@ -167,24 +93,10 @@ def _added_up(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _rows_by_process(config: Config, size: int) -> list[int]:
-    """Rows of the joined query-key-value matrix, those of process 0's heads first."""
-    width = config.head_dim
-    kinds, begin = [], 0
-    for heads in (config.num_heads, config.kv_heads, config.kv_heads):
-        kinds.append(range(begin * width, (begin + heads) * width))
-        begin += heads
-    return [row for rank in range(size) for rows in kinds for row in rows[rank * len(rows) // size : (rank + 1) * len(rows) // size]]
-
-
 def accumulating(net: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients are exchanged after the last micro-batch of a step only; sharded ones after each, as that is what keeps them small."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    if isinstance(net, DistributedDataParallel) and not last:
-        quiet: AbstractContextManager[None] = net.no_sync()
-        return quiet
-    return nullcontext()
+    quiet: AbstractContextManager[None] = net.no_sync() if hasattr(net, "no_sync") and not last else nullcontext()  # type: ignore[operator]
+    return quiet
 
 
 def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
@@ -197,7 +109,7 @@ def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
     dealt, whole = ([gradient for gradient in gradients if is_dtensor(gradient) is kind] for kind in (True, False))
     norms: list[Any] = [nn.utils.get_total_norm(group) for group in (dealt, whole) if group]
     joined = torch.stack([norm.full_tensor() if is_dtensor(norm) else norm for norm in norms])
-    total = torch.linalg.vector_norm(joined)
+    total: Tensor = torch.linalg.vector_norm(joined)
     scale = (most / (total + NORM_EPS)).clamp(max=1.0)
     for gradient in gradients:
         local(gradient).mul_(scale)

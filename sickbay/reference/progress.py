@@ -10,9 +10,13 @@ from sickbay.reference.recipe import Recipe
 
 
 class Progress:
-    """One line on stderr, rewritten in place on a terminal and repeated now and then elsewhere. `every`: steps between two."""
+    """One line on stderr, rewritten in place on a terminal and repeated now and then elsewhere. `every`: steps between two.
 
-    def __init__(self, first: int, recipe: Recipe, *, tokens_per_step: int, bytes_per_token: float) -> None:
+    `speaks`: False = nothing is written, as by all but one of the processes of a run.
+    """
+
+    def __init__(self, first: int, recipe: Recipe, *, tokens_per_step: int, bytes_per_token: float, speaks: bool = True) -> None:
+        self.speaks = speaks
         self.terminal = sys.stderr.isatty()
         self.every = 10 if self.terminal else 100
         self._first, self._steps = first, recipe.steps
@@ -43,6 +47,8 @@ class Progress:
         self._write(done, text, stays=True)
 
     def _write(self, done: int, numbers: str, stays: bool) -> None:
+        if not self.speaks:
+            return
         text = f"step {done:,}/{self._steps:,}  {numbers}"
         clear, end = ("\r\x1b[K", "\n" if stays else "") if self.terminal else ("", "\n")
         print(f"{clear}{text}", end=end, file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 OptimizerKind = Literal["adamw", "muon"]
 Recompute = Literal["none", "block", "sqrt"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Parallel = Literal["none", "ddp", "fsdp", "tp"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Recipe:
     `patience`: evaluations without a better validation loss after which the run ends, its best checkpoint kept; none = never.
     `recompute`: activations computed again in the backward pass: none, of each block, or of sqrt(layers) segments (Chen et al. 2016).
     `precision`: of the forward pass: fp32, bf16 or fp16 (with a gradient scaler); weights stay float32.
+    `parallel`: over several processes: none, ddp (copies), fsdp (shares of everything) or tp (shares of each block); see parallel.py.
     `compile`: the model goes through torch.compile: slower to start, faster from then on.
     `threads`: of the CPU; none = torch's own choice, one a core.
     `flush_denormal`: numbers below float32's normal range count as 0: averages fading that far otherwise slow many CPUs.
@@ -70,6 +72,7 @@ class Recipe:
     patience: int | None = None
     recompute: Recompute = "none"
     precision: Precision = "fp32"
+    parallel: Parallel = "none"
     compile: bool = False
     threads: int | None = None
     flush_denormal: bool = True
@@ -101,7 +104,13 @@ class Recipe:
             demand(field, value, is_number(value) and value >= 0, "at least 0 and finite")
         demand("clip", self.clip, self.clip is None or (is_number(self.clip) and self.clip > 0), "None or above 0 and finite")
         demand("ema", self.ema, self.ema is None or (is_number(self.ema) and 0 < self.ema < 1), "None or above 0 and below 1")
-        for field, kind in (("optimizer", OptimizerKind), ("schedule", Schedule), ("recompute", Recompute), ("precision", Precision)):
+        for field, kind in (
+            ("optimizer", OptimizerKind),
+            ("schedule", Schedule),
+            ("recompute", Recompute),
+            ("precision", Precision),
+            ("parallel", Parallel),
+        ):
             demand(field, getattr(self, field), getattr(self, field) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         for field in ("compile", "flush_denormal"):
             demand(field, getattr(self, field), isinstance(getattr(self, field), bool), "True or False")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sickbay.reference.dtensor import dealt_axis, local
 from sickbay.reference.durable import as_os_error
-from sickbay.reference.parallel import World
+from sickbay.reference.world import World
 
 Order = Callable[[str], "Sequence[int] | None"]
 Box = tuple[tuple[int, ...], Tensor]

@@ -14,20 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sickbay.reference import checkpoint, data
+from sickbay.reference import checkpoint, data, random_states
 from sickbay.reference.config import Config
 from sickbay.reference.data_settings import DataSettings
 from sickbay.reference.ema import averaged
+from sickbay.reference.interrupt import Stopped, on_request
 from sickbay.reference.loss import IGNORED, counted, next_token_loss, token_shares
 from sickbay.reference.machine import demand_compiler, processor
 from sickbay.reference.model import Transformer
 from sickbay.reference.optimizer import make_optimizer, set_learning_rate
+from sickbay.reference.parallel import accumulating, clip_gradients, deal_out, exchanging
 from sickbay.reference.precision import autocast, make_scaler
 from sickbay.reference.progress import Progress
 from sickbay.reference.recipe import Recipe
 from sickbay.reference.recompute import recompute
 from sickbay.reference.schedule import scheduled
 from sickbay.reference.stopping import Patience
+from sickbay.reference.world import ALONE, World
 
 BEST = "best"  # folder in the run's folder for the checkpoint of the lowest validation loss
 
@@ -45,7 +48,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | Non
     if scaler is not None:
         scaler.unscale_(optimizer)  # before clipping, whose limit is meant for the true norm
     if clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        clip_gradients(model.parameters(), clip)
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
@@ -54,18 +57,22 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | Non
     optimizer.zero_grad(set_to_none=True)
 
 
-def evaluate(model: nn.Module, batches: Iterable[data.Batch], pad_id: int | None = None, end_of_text: int | None = None) -> float:
+def evaluate(
+    model: nn.Module, batches: Iterable[data.Batch], pad_id: int | None = None, end_of_text: int | None = None, world: World = ALONE
+) -> float:
     """Mean loss in nats over all counted targets of `batches`, without dropout and gradients; the model is in training mode after.
 
-    `end_of_text`: the id that ends the documents packed in a row.
+    `end_of_text`: the id that ends the documents packed in a row. `world`: the processes that share the rows.
     """
     model.eval()
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     with torch.no_grad():
-        for ids, targets in batches:
+        for ids, targets in (world.rows(*batch) for batch in batches):
             count = int((counted(targets, pad_id) != IGNORED).sum())
-            total += next_token_loss(model, ids, targets, pad_id, documents(ids, end_of_text)).item() * count if count else 0.0
+            loss = next_token_loss(model, ids, targets, pad_id, documents(ids, end_of_text))
+            total += loss.item() * count if count else 0.0
             tokens += count
+    total, tokens = world.sum(total, tokens)
     model.train()
     return total / tokens if tokens else math.nan
 
@@ -94,89 +101,120 @@ def train(
     resume: checkpoint.State | None = None,
     device: str = "cpu",
     watch: bool = False,
+    world: World = ALONE,
 ) -> Result:
     """`out` holds the checkpoint of a model trained by `recipe`, its progress told on stderr.
 
     `texts`: how `corpus` becomes batches. `resume`: the checkpoint to go on from; the weights at the end are bit-equal to those
-    of a run that never stopped.
-    Raises ValueError (too little text), FloatingPointError (the loss is not finite), OSError.
+    of a run that never stopped. `world`: the processes that train together, each of which calls this.
+    Raises ValueError (too little text), FloatingPointError (the loss is not finite), Stopped (by a signal, with a checkpoint),
+    OSError (at the end, where the last checkpoint could not be written).
     """
     texts = texts or DataSettings()
     for tokens, part in ((corpus.train, "train"), (corpus.val, "validation")):
         data.demand_length(tokens, config.context, part)
     end_of_text = data.packed_by(corpus, texts)
     torch.manual_seed(recipe.seed)
-    model = Transformer(config).to(device) if resume is None else checkpoint.load_weights(resume, device)
+    model = Transformer(config)
     recompute(model, recipe.recompute)
+    average = None if recipe.ema is None else averaged(model, recipe.ema)
+    deal_out(model, world, device)
+    if average is not None:
+        deal_out(average.module, world, device)
+    net = exchanging(model, world)
     optimizer = make_optimizer(model, recipe)
     scaler = make_scaler(recipe.precision, device)
-    average = None if recipe.ema is None else averaged(model, recipe.ema)
     judged = model if average is None else average.module
     patience = Patience(recipe.patience)
     if resume is not None:
-        checkpoint.restore(resume, model, optimizer)
+        checkpoint.restore_weights(resume, model, world=world)
+        checkpoint.restore(resume, model, optimizer, world)
         scaler.load_state_dict(resume.scaler or {})
         patience.restore(resume.progress)
         if average is not None:
-            checkpoint.restore_weights(resume, average.module, averaged=True)
+            checkpoint.restore_weights(resume, average.module, averaged=True, world=world)
             average.n_averaged.fill_(resume.step)
     if recipe.compile:
         demand_compiler(device)
         model.compile()
     first = 0 if resume is None else resume.step
+    if world.shards > 1 and resume is None:
+        random_states.draw_anew(recipe.seed, world.shard)  # each part of a batch drops units of its own
     batches = data.train_batches(corpus, texts, config.context, recipe.batch_size, recipe.seed, first * recipe.accumulation)
     progress = Progress(
-        first, recipe, tokens_per_step=recipe.batch_size * recipe.accumulation * config.context, bytes_per_token=corpus.bytes_per_token
+        first,
+        recipe,
+        tokens_per_step=recipe.batch_size * recipe.accumulation * config.context,
+        bytes_per_token=corpus.bytes_per_token,
+        speaks=world.first,
     )
-    train_loss, done, folder = math.nan, first, out
+    train_loss, done, folder = math.nan, first, None if resume is None else resume.folder
+    shows = world.most(progress.every)
+    unsaved: OSError | None = None
 
-    def save(run: Path, keep: int = checkpoint.KEEP) -> Path:
-        return checkpoint.save(
-            run,
-            keep=keep,
-            step=done,
-            model=model,
-            optimizer=optimizer,
-            recipe=dataclasses.asdict(recipe),
-            source=corpus.source,
-            tokenizer=corpus.tokenizer,
-            average=None if average is None else checkpoint.named_weights(average.module),
-            scaler=scaler.state_dict() or None,
-            progress=patience.state(),
-        )
+    def save(run: Path, keep: int = checkpoint.KEEP) -> Path | None:
+        nonlocal unsaved
+        try:
+            folder_now = checkpoint.save(
+                run,
+                keep=keep,
+                step=done,
+                model=model,
+                optimizer=optimizer,
+                recipe=dataclasses.asdict(recipe),
+                source=corpus.source,
+                tokenizer=corpus.tokenizer,
+                average=None if average is None else checkpoint.named_weights(average.module),
+                scaler=scaler.state_dict() or None,
+                progress=patience.state(),
+                world=world,
+            )
+            unsaved = None
+            return folder_now
+        except OSError as problem:
+            unsaved = problem
+            progress.say(done, f"no checkpoint could be written to {run} ({problem.strerror}); training goes on, the newest is {folder}")
+            return folder
 
-    with processor(recipe.threads, recipe.flush_denormal), watching(model, optimizer) if watch else nullcontext():
+    with (
+        processor(recipe.threads, recipe.flush_denormal),
+        watching(model, optimizer) if watch else nullcontext(),
+        on_request(world.first) as request,
+    ):
         for step in range(first, recipe.steps):
-            cycle = [(ids.to(device), targets.to(device)) for ids, targets in itertools.islice(batches, recipe.accumulation)]
+            cycle = [world.rows(ids.to(device), targets.to(device)) for ids, targets in itertools.islice(batches, recipe.accumulation)]
             set_learning_rate(optimizer, scheduled(recipe, step))
             step_loss = torch.zeros((), device=device)
-            for (ids_BT, targets_BT), share in zip(cycle, token_shares(cycle, config.pad_id)):
-                with autocast(recipe.precision, device):
+            shares = token_shares(cycle, config.pad_id, world)
+            for number, ((ids_BT, targets_BT), share) in enumerate(zip(cycle, shares), 1):
+                with autocast(recipe.precision, device), accumulating(net, last=number == len(cycle)):
                     documents_BT = documents(ids_BT, end_of_text)
-                    loss = next_token_loss(model, ids_BT, targets_BT, config.pad_id, documents_BT, recipe.label_smoothing, recipe.z_loss)
+                    loss = next_token_loss(net, ids_BT, targets_BT, config.pad_id, documents_BT, recipe.label_smoothing, recipe.z_loss)
                 backward(scaler.scale(loss), share)
                 step_loss += loss.detach() * share
             update(model, optimizer, recipe.clip, scaler)
             if average is not None:
                 average.update_parameters(model)
 
-            done, last = step + 1, step + 1 == recipe.steps
-            saves = last or is_due(done, recipe.save_every)
+            done, last, stopped_by = step + 1, step + 1 == recipe.steps, world.most(request.signal)
+            saves = last or bool(stopped_by) or is_due(done, recipe.save_every)
             evaluates = (last and recipe.patience is not None) or (not last and is_due(done, recipe.eval_every))
-            if saves or evaluates or done % progress.every == 0:
-                train_loss = step_loss.item()  # waits for the device: not in every step
+            if saves or evaluates or done % shows == 0:
+                train_loss = world.sum(step_loss.item())[0] / world.shards  # waits for the device: not in every step
                 progress.show(done, train_loss)
                 if not math.isfinite(train_loss):
                     raise FloatingPointError(f"the loss is {train_loss} at step {done}")
             if evaluates:
                 rows = data.val_batches(corpus, texts, config.context, recipe.batch_size, recipe.eval_rows)
-                val_loss = evaluate(judged, on(device, rows), config.pad_id, end_of_text)
+                val_loss = evaluate(judged, on(device, rows), config.pad_id, end_of_text, world)
                 progress.show_validation(done, val_loss)
                 if patience.improves(val_loss) and recipe.patience is not None:
                     save(out / BEST, keep=1)
             stops = evaluates and patience.over
             if saves or stops:
                 folder = save(out)
+            if stopped_by and not last:
+                raise Stopped(stopped_by, done, folder, unsaved)
             if stops:
                 progress.say(done, f"stops: {patience.waited} evaluations without a loss below {patience.best:.4f}")
                 break
@@ -186,8 +224,10 @@ def train(
             best = checkpoint.read(out / BEST)
             folder, judged = best.folder, checkpoint.load_weights(best, device, averaged=average is not None)
         rows = data.val_batches(corpus, texts, config.context, recipe.batch_size)
-        val_loss = evaluate(judged, on(device, rows), config.pad_id, end_of_text)
+        val_loss = evaluate(judged, on(device, rows), config.pad_id, end_of_text, world)
     progress.show_validation(done, val_loss)
+    if unsaved is not None:
+        raise unsaved
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Result(str(folder), done, train_loss, val_loss, progress.bits_per_byte(val_loss), speed, seconds, parameters)
 
