@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "train"
 # What a resumed run may change: it touches no number of the steps already taken.
-FREE = ("steps", "eval_every", "save_every", "patience")
+FREE = ("steps", "eval_every", "save_every", "patience", "parallel")
 PATHS = ("val", "cache", "translate_there", "translate_back")
 MADE = ("chars", "bytes", "bpe")  # tokenizers that are no path
 
@@ -59,11 +59,15 @@ def main(args: argparse.Namespace) -> int:
     asked, texts = _asked(args)
     if args.resume and args.out is None:
         raise UsageError("--resume needs --out DIR, the folder of the run to go on from")
+    if args.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes need --out DIR, one folder that all of them can write")
     out = args.out or Path("sickbay-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-train"
     earlier = None if args.find_lr else _earlier(out, args.resume)
 
     from sickbay.reference import train
+    from sickbay.reference.interrupt import Stopped
     from sickbay.reference.precision import slow_here
+    from sickbay.reference.world import together
 
     try:
         # The whole command is checked before anything is written.
@@ -75,13 +79,24 @@ def main(args: argparse.Namespace) -> int:
             print(f"note: {slow}", file=sys.stderr)
         if args.find_lr:
             return _find_learning_rate(settings, asked, device, args.json)
-        corpus = _corpus(settings, out, earlier)
-        settings = _with_vocabulary(settings, asked, corpus) if earlier is None else settings
-        out.mkdir(parents=True, exist_ok=True)
-        settings_of.write(settings, out / settings_of.FILE)
-        result = train.train(
-            corpus, settings.model, settings.recipe, out, texts=settings.data, resume=earlier, device=device, watch=args.watch
-        )
+        with together(settings.recipe.parallel, device, settings.recipe.batch_size) as world:
+            with world.first_alone():  # the others find what it has prepared
+                corpus = _corpus(settings, out, earlier)
+            settings = _with_vocabulary(settings, asked, corpus) if earlier is None else settings
+            if world.first:
+                out.mkdir(parents=True, exist_ok=True)
+                settings_of.write(settings, out / settings_of.FILE)
+            result = train.train(
+                corpus,
+                settings.model,
+                settings.recipe,
+                out,
+                texts=settings.data,
+                resume=earlier,
+                device=world.device,
+                watch=args.watch,
+                world=world,
+            )
     except ValueError as problem:
         raise UsageError(str(problem)) from problem
     except OSError as problem:
@@ -91,6 +106,12 @@ def main(args: argparse.Namespace) -> int:
     except FloatingPointError as problem:
         print(f"sickbay train: {problem}; `sickbay run -m sickbay train ...` finds the cause, a lower --lr often helps", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if world.first:
+            print(f"{stopped}; go on with it: sickbay train --out {out} --resume", file=sys.stderr)
+        return 128 + stopped.signal
+    if not world.first:
+        return 0
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:

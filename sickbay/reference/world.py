@@ -65,6 +65,15 @@ class World:
         torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
         return int(highest)
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process has done what is inside before the others begin it."""
+        if not self.first:
+            self.most(0)
+        yield
+        if self.first:
+            self.most(0)
+
     def row_order(self, name: str, config: Config) -> list[int] | None:
         """The rows of the whole tensor `name` in the order in which the processes hold them; None = from the first to the last."""
         split = self.kind == "tp" and "attention.query_key_value." in name
@@ -75,8 +84,11 @@ ALONE = World()
 
 
 @contextmanager
-def together(kind: Parallel, device: str = "cpu") -> Iterator[World]:
-    """The World that torchrun started this process in. Raises UsageError where `kind` and the way of starting do not belong together."""
+def together(kind: Parallel, device: str = "cpu", rows: int = 0) -> Iterator[World]:
+    """The World that torchrun started this process in, to which batches of `rows` rows are dealt.
+
+    Raises UsageError where `kind`, the way of starting and the number of rows do not belong together.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if kind == "none":
         if size > 1:
@@ -85,6 +97,10 @@ def together(kind: Parallel, device: str = "cpu") -> Iterator[World]:
         return
     if "RANK" not in os.environ:
         raise UsageError(f"parallel is {kind!r}, which torchrun must start: torchrun --nproc-per-node 2 -m sickbay train ...")
+    if kind != "tp" and rows % size:
+        raise UsageError(
+            f"batch_size is {rows}; with parallel={kind!r} it must be a multiple of the {size} processes, which share its rows"
+        )
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
