@@ -22,7 +22,7 @@ from sickbay.reference.vocab import Counts
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's byte fallback
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pruned:
     """`kept`: the old id of each new one, rising, `(vocab_size,)` int64."""
 

@@ -23,7 +23,7 @@ from sickbay.reference import checkpoint, durable, shards
 from sickbay.reference.prune import Pruned, prune
 from sickbay.reference.sources import Text
 from sickbay.reference.tokenizer import Tokenizer, load
-from sickbay.reference.vocab import Counts, count_ids, headers, row_tensors
+from sickbay.reference.vocab import EMBEDDINGS, Counts, count_ids, headers, row_tensors
 
 KEPT = "kept_ids.json"  # in the new folder: the old id of each new one
 KINDS = ("model", "average", "optimizer")
@@ -167,12 +167,17 @@ def _row_names(folder: Path, files: list[Path], rows: int) -> list[str]:
         with safe_open(file, framework="pt") as opened:
             shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     names = row_tensors(shapes)
+    if not names:
+        raise ValueError(
+            f"{folder}: no tensor is named as an embedding of tokens is ({', '.join(EMBEDDINGS)}): this model cannot be pruned"
+        )
     wrong = [name for name in names if shapes[name][0] != rows]
     unknown = [name for name, shape in shapes.items() if rows in shape and name not in names]
-    if not names or wrong or unknown:
-        name = (wrong or unknown or ["no tensor"])[0]
-        what = "is known as the embedding" if not names else f"of shape {shapes[name]} may or may not have a row for each id"
-        raise ValueError(f"{folder}: {name} {what} (vocab_size is {rows}): this model cannot be pruned")
+    if wrong:
+        raise ValueError(f"{folder}: {wrong[0]} has shape {shapes[wrong[0]]}; its first number should be vocab_size, {rows}")
+    if unknown:
+        told = f"{unknown[0]} of shape {shapes[unknown[0]]} may or may not have a row for each of the {rows} ids"
+        raise ValueError(f"{folder}: {told}: this model cannot be pruned")
     return names
 
 
