@@ -18,6 +18,7 @@ from sickbay.core.diagnosis import Checkup
 from sickbay.core.reader import chart_of, load_chart
 from sickbay.core.record import RecordWriter
 from sickbay.core.settings import Settings, switched_off
+from sickbay.core.signals import wanted
 from sickbay.report.write import write_report
 
 if TYPE_CHECKING:
@@ -105,8 +106,7 @@ class Watch:
         name = module_name.rsplit(".", 1)[-1]
         try:
             module = importlib.import_module(module_name)
-            measures = {*getattr(module, "SIGNALS", ()), *getattr(module, "FEEDS", ())}
-            if asked is None or name in ALWAYS or module_name == "sickbay.examiner" or measures & asked:
+            if name in ALWAYS or wanted(module, asked):
                 self._detach.append(attach(module))
         except Exception as problem:
             self._loop.note_problem(name, "attach", problem)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.core.record import RecordWriter
+from sickbay.core.signals import wanted
 from sickbay.exams import internals, masks, missing_gradient, nonfinite
 from sickbay.exams.asking import Asking
 from sickbay.exams.fork import NoAnswer, can_fork
@@ -286,7 +287,7 @@ def attach(
     for name in EXAMS:
         try:
             module = importlib.import_module(f"sickbay.exams.{name}")
-            if asked is None or {*getattr(module, "SIGNALS", ()), *getattr(module, "FEEDS", ())} & asked:
+            if wanted(module, asked):
                 detach.append(module.attach(patient, record, loop, asking))
         except Exception as problem:
             loop.note_problem(name, "attach", problem)

@@ -9,7 +9,7 @@ Of `per_rank` signals the chart of a run holds the readings of all its ranks, th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Scope = Literal["run", "parameter", "module", "batch"]
 
@@ -136,3 +136,8 @@ _ROWS = (
 # fmt: on
 
 SIGNALS: dict[str, Signal] = {row.id: row for row in _ROWS}
+
+
+def wanted(module: Any, asked: frozenset[str] | None) -> bool:
+    """True if one of the signals `asked` for (None = all) is measured by `module` (its SIGNALS) or builds on what it measures (its FEEDS)."""
+    return asked is None or not asked.isdisjoint((*getattr(module, "SIGNALS", ()), *getattr(module, "FEEDS", ())))
