@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -77,15 +77,15 @@ def merge(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, file: Path) -> None:
-    """The adapters of `model`, without the weights they adapt, stand in the safetensors `file`. Raises OSError, UsageError (there are none)."""
-    adapted = _adapted(model)
-    if not adapted:
+    """The adapters of `model`, without what they adapt, stand in the safetensors `file`. Raises OSError, UsageError (there are none)."""
+    tensors = {}
+    for name, layer in _adapted(model).items():
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = layer.lora_a.detach(), layer.lora_b.detach()
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float64)
+    if not tensors:
         raise UsageError("the model has no adapters to save")
-    tensors = {
-        f"{name}.{part}": getattr(layer, part).detach().contiguous() for name, layer in adapted.items() for part in ("lora_a", "lora_b")
-    }
     partial = file.with_name(file.name + ".partial")
-    save_file(tensors, partial, metadata={f"{name}.alpha": repr(layer.alpha) for name, layer in adapted.items()})
+    save_file(tensors, partial)
     partial.replace(file)
 
 
@@ -95,13 +95,10 @@ def load(model: nn.Module, file: Path) -> list[str]:
     Raises UsageError where the file cannot be read or is not of such a model; the model is then as it was.
     """
     try:
-        with safe_open(file, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (it is no dictionary)
-            alphas = {
-                name.removesuffix(".alpha"): float(value) for name, value in (handle.metadata() or {}).items() if name.endswith(".alpha")
-            }
-    except (SafetensorError, OSError, ValueError) as problem:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as problem:
         raise UsageError(f"{file} holds no adapters: {problem}") from problem
+    alphas = {name.removesuffix(".alpha"): float(tensors[name]) for name in sorted(tensors) if name.endswith(".alpha")}
     plain = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
     made = {}
     for name, alpha in alphas.items():
