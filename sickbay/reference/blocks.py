@@ -138,15 +138,18 @@ def make_norm(config: Config) -> nn.Module:
 
 
 def rotation_at(positions: Tensor, head_dim: int, base: float) -> Rotation:
-    """Cosine and sine of the rotary angles at `positions`, `(T, K/2)` or `(B, 1, T, K/2)`, in float32 (Su et al. 2021, section 3.2.2)."""
+    """Cosine and signed sine, for `rotate`, of the rotary angles at `positions` (Su et al. 2021, section 3.2.2).
+
+    `(T, K)` or `(B, 1, T, K)` in float32, the second half as the first but for the sine's sign.
+    """
     frequency = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None].float() * frequency
     if angle.dim() == 3:
         angle = angle[:, None]
-    return angle.cos(), angle.sin()
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
 
 
 def rotate(x_BHTK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Pairs (k, k + K/2) of `x_BHTK` turned by their position's angles (RoPE), in the dtype of `x_BHTK`."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1).type_as(x_BHTK)
+    return (x_BHTK * cosine + x_BHTK.roll(x_BHTK.shape[-1] // 2, dims=-1) * sine).type_as(x_BHTK)

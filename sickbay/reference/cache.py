@@ -22,10 +22,11 @@ class LayerCache:
 
     def extend(self, key_BGTK: Tensor, value_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `(B, G, S, K)` of all positions so far, the new T last."""
-        begin, self.length = self.length, self.length + key_BGTK.shape[2]
-        self.keys_BGSK[:, :, begin : self.length] = key_BGTK
-        self.values_BGSK[:, :, begin : self.length] = value_BGTK
-        return self.keys_BGSK[:, :, : self.length], self.values_BGSK[:, :, : self.length]
+        begin, count = self.length, key_BGTK.shape[2]
+        self.length = begin + count
+        self.keys_BGSK.narrow(2, begin, count).copy_(key_BGTK)
+        self.values_BGSK.narrow(2, begin, count).copy_(value_BGTK)
+        return self.keys_BGSK.narrow(2, 0, self.length), self.values_BGSK.narrow(2, 0, self.length)
 
     def select(self, rows_B: Tensor) -> None:
         """Row i holds what row `rows_B[i]` held; there may be more rows than before, or fewer."""
