@@ -63,17 +63,19 @@ def swap_words(line: str, share: float, random: np.random.Generator) -> str:
 
 
 def back_translated(lines: Sequence[str], there: Translate, back: Translate) -> list[str]:
-    """Each line that has words, translated by `there` and then by `back`. Raises ValueError where one gives another number of lines."""
-    asked = [number for number, line in enumerate(lines) if WORD.search(line)]
-    said = [lines[number] for number in asked]
-    for translate in (there, back):
-        given, said = len(said), translate(said) if said else []
-        if len(said) != given:
-            raise ValueError(f"the translation of {given} lines has {len(said)}; it must have as many")
+    """Each line that has words, translated by `there` and then by `back`; one of which no word is left stays as it was.
+
+    Raises ValueError where a translation has another number of lines.
+    """
     result = list(lines)
-    for number, line in zip(asked, said):
-        result[number] = " ".join(line.split("\n"))
-    return result
+    for translate in (there, back):
+        asked = [number for number, line in enumerate(result) if WORD.search(line)]
+        said = translate([result[number] for number in asked]) if asked else []
+        if len(said) != len(asked):
+            raise ValueError(f"the translation of {len(asked)} lines has {len(said)}; it must have as many")
+        for number, line in zip(asked, said):
+            result[number] = " ".join(line.split("\n"))
+    return [line if WORD.search(line) else original for line, original in zip(result, lines)]
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,8 @@ def _write(text: Text, val: Text | None, tokenizer: Tokenizer, settings: DataSet
     train_file, val_file = folder / "train.bin", folder / "val.bin"
     with _progress("tokens", text.size() + (val.size() if val else 0)) as report:
         written = tokens.write_tokens(text, tokenizer, train_file, report)
+        if not sum(written.lengths):
+            raise UsageError(f"{_named(text.files)} holds no document with any text; give one that does")
         if val is None:
             spans = tokens.validation_spans(written.lengths, settings.val_share)
             val_bytes = tokens.bytes_within(written, spans)
