@@ -13,7 +13,7 @@ from sickbay.reference.data import shipped_text
 # Meta's published pattern.
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 OTHER = "Größe und Maß: naïve café, 42 — 1,234,567!\r\n\r\n数据。模型在学习。 😀👍🏽 \tx = {a: 1};\n\n  не знаю  …  हिन्दी में\n" * 8
-TEXT = shipped_text().read_text(encoding="utf-8")[:6000] + OTHER + "f (x);\n" * 60
+TEXT = shipped_text().read_text(encoding="utf-8")[:6000] + OTHER + "f (x);\n a \n  b\t\n" * 60
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
