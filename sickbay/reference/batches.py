@@ -7,6 +7,7 @@ the same whatever their number. `end_of_text`: where documents are packed, no ta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from sickbay.reference.shuffle import shuffled
 Tokens = npt.NDArray[Any]
 Batch = tuple[Tensor, Tensor]
 ALL = slice(None)
+AHEAD = 64  # batches
 TRAIN_TENTHS = 9
 
 
@@ -54,11 +56,9 @@ def random_batches(
     """Endless batches from number `first` on, of windows at random places. Batch n depends on `seed` and n alone."""
     demand_length(tokens, context, "chosen")
     _demand_rows(batch_size, rows)
-    number = first
-    while True:
+    for number in itertools.count(first):
         starts = np.random.default_rng((seed, number)).integers(0, len(tokens) - context, size=batch_size)
         yield windows(tokens, starts[rows], context, end_of_text)
-        number += 1
 
 
 def shuffled_batches(
@@ -72,16 +72,17 @@ def shuffled_batches(
     demand_length(tokens, context, "chosen")
     _demand_rows(batch_size, rows)
     count, left_over = divmod(len(tokens) - 1, context)
-    number = first
-    while True:
-        epochs, places = np.divmod(np.arange(number * batch_size, (number + 1) * batch_size)[rows], count)
+    for number in itertools.count(first, AHEAD):
+        # For many batches at once: a shuffle of twelve places takes as long as one of a thousand.
+        run_rows = np.arange(number * batch_size, (number + AHEAD) * batch_size).reshape(AHEAD, batch_size)[:, rows]
+        epochs, places = np.divmod(run_rows, count)
         starts = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             offset = np.random.default_rng((seed, epoch)).integers(0, left_over + 1)
             starts[here] = offset + context * shuffled(places[here], count, seed, epoch)
-        yield windows(tokens, starts, context, end_of_text)
-        number += 1
+        for starts_B in starts:
+            yield windows(tokens, starts_B, context, end_of_text)
 
 
 def epochs_of(steps: int, rows_per_step: int, tokens: Tokens, context: int) -> float:
