@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sickbay.reference.demand import demand, is_count, is_number
-from sickbay.reference.packing import IGNORED
+from sickbay.reference.loss import IGNORED
 
 Inputs = tuple[Tensor, ...]
 Ids = npt.NDArray[np.int64]

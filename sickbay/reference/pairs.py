@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from sickbay.reference.demand import demand, is_count
+from sickbay.reference.loss import IGNORED
 from sickbay.reference.objectives import Ids, Inputs, stack
-from sickbay.reference.packing import IGNORED
 from sickbay.reference.shuffle import shuffled
 from sickbay.reference.tokenizer import Tokenizer
 

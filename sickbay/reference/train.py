@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -14,22 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sickbay.reference import checkpoint, data, random_states
+from sickbay.reference import checkpoint, data
 from sickbay.reference.config import Config
 from sickbay.reference.data_settings import DataSettings
-from sickbay.reference.ema import averaged
 from sickbay.reference.interrupt import Stopped, on_request
 from sickbay.reference.loss import IGNORED, counted, next_token_loss, token_shares
-from sickbay.reference.machine import demand_compiler, processor
-from sickbay.reference.model import Transformer
-from sickbay.reference.optimizer import make_optimizer, set_learning_rate
-from sickbay.reference.parallel import accumulating, clip_gradients, deal_out, exchanging
-from sickbay.reference.precision import autocast, make_scaler
+from sickbay.reference.machine import processor
+from sickbay.reference.optimizer import set_learning_rate
+from sickbay.reference.parallel import accumulating, clip_gradients
+from sickbay.reference.parts import Keeper, begin
+from sickbay.reference.precision import autocast
 from sickbay.reference.progress import Progress
 from sickbay.reference.recipe import Recipe
-from sickbay.reference.recompute import recompute
 from sickbay.reference.schedule import scheduled
-from sickbay.reference.stopping import Patience
 from sickbay.reference.world import ALONE, World
 
 BEST = "best"  # folder in the run's folder for the checkpoint of the lowest validation loss
@@ -62,12 +58,13 @@ def evaluate(
 ) -> float:
     """Mean loss in nats over all counted targets of `batches`, without dropout and gradients; the model is in training mode after.
 
-    `end_of_text`: the id that ends the documents packed in a row. `world`: the processes that share the rows.
+    `end_of_text`: the id that ends the documents packed in a row. `world`: the processes that share the rows, of which
+    `batches` hold this one's.
     """
     model.eval()
     total, tokens = 0.0, 0.0
     with torch.no_grad():
-        for ids, targets in (world.rows(*batch) for batch in batches):
+        for ids, targets in batches:
             count = int((counted(targets, pad_id) != IGNORED).sum())
             loss = next_token_loss(model, ids, targets, pad_id, documents(ids, end_of_text))
             total += loss.item() * count if count else 0.0
@@ -114,33 +111,10 @@ def train(
     for tokens, part in ((corpus.train, "train"), (corpus.val, "validation")):
         data.demand_length(tokens, config.context, part)
     end_of_text = data.packed_by(corpus, texts)
-    torch.manual_seed(recipe.seed)
-    model = Transformer(config)
-    recompute(model, recipe.recompute)
-    average = None if recipe.ema is None else averaged(model, recipe.ema)
-    deal_out(model, world, device)
-    if average is not None:
-        deal_out(average.module, world, device)
-    net = exchanging(model, world)
-    optimizer = make_optimizer(model, recipe)
-    scaler = make_scaler(recipe.precision, device)
-    judged = model if average is None else average.module
-    patience = Patience(recipe.patience)
-    if resume is not None:
-        checkpoint.restore_weights(resume, model, world=world)
-        checkpoint.restore(resume, model, optimizer, world)
-        scaler.load_state_dict(resume.scaler or {})
-        patience.restore(resume.progress)
-        if average is not None:
-            checkpoint.restore_weights(resume, average.module, averaged=True, world=world)
-            average.n_averaged.fill_(resume.step)
-    if recipe.compile:
-        demand_compiler(device)
-        model.compile()
-    first = 0 if resume is None else resume.step
-    if world.shards > 1 and resume is None:
-        random_states.draw_anew(recipe.seed, world.shard)  # each part of a batch drops units of its own
-    batches = data.train_batches(corpus, texts, config.context, recipe.batch_size, recipe.seed, first * recipe.accumulation)
+    parts = begin(config, recipe, resume, world, device)
+    first = parts.steps
+    number = first * recipe.accumulation
+    batches = data.train_batches(corpus, texts, config.context, recipe.batch_size, recipe.seed, number, world.rows)
     progress = Progress(
         first,
         recipe,
@@ -148,55 +122,37 @@ def train(
         bytes_per_token=corpus.bytes_per_token,
         speaks=world.first,
     )
-    train_loss, done, folder = math.nan, first, None if resume is None else resume.folder
+    keeper = Keeper(parts, recipe, corpus, world, lambda text: progress.say(parts.steps, text))
+    train_loss, newest, best = math.nan, None if resume is None else resume.folder, None
     shows = world.most(progress.every)
-    unsaved: OSError | None = None
 
-    def save(run: Path, keep: int = checkpoint.KEEP) -> Path | None:
-        nonlocal unsaved
-        try:
-            folder_now = checkpoint.save(
-                run,
-                keep=keep,
-                step=done,
-                model=model,
-                optimizer=optimizer,
-                recipe=dataclasses.asdict(recipe),
-                source=corpus.source,
-                tokenizer=corpus.tokenizer,
-                average=None if average is None else checkpoint.named_weights(average.module),
-                scaler=scaler.state_dict() or None,
-                progress=patience.state(),
-                world=world,
-            )
-            unsaved = None
-            return folder_now
-        except OSError as problem:
-            unsaved = problem
-            progress.say(done, f"no checkpoint could be written to {run} ({problem.strerror}); training goes on, the newest is {folder}")
-            return folder
+    def validation_loss(model: nn.Module, most_rows: int | None = None) -> float:
+        rows = data.val_batches(corpus, texts, config.context, recipe.batch_size, most_rows, world.rows)
+        return evaluate(model, on(device, rows), config.pad_id, end_of_text, world)
 
     with (
         processor(recipe.threads, recipe.flush_denormal),
-        watching(model, optimizer) if watch else nullcontext(),
+        watching(parts.model, parts.optimizer) if watch else nullcontext(),
         on_request(world.first) as request,
     ):
         for step in range(first, recipe.steps):
-            cycle = [world.rows(ids.to(device), targets.to(device)) for ids, targets in itertools.islice(batches, recipe.accumulation)]
-            set_learning_rate(optimizer, scheduled(recipe, step))
+            set_learning_rate(parts.optimizer, scheduled(recipe, step))
+            cycle = [(ids.to(device), targets.to(device)) for ids, targets in itertools.islice(batches, recipe.accumulation)]
             step_loss = torch.zeros((), device=device)
-            shares = token_shares(cycle, config.pad_id, world)
-            for number, ((ids_BT, targets_BT), share) in enumerate(zip(cycle, shares), 1):
-                with autocast(recipe.precision, device), accumulating(net, last=number == len(cycle)):
+            for number, ((ids_BT, targets_BT), share) in enumerate(zip(cycle, token_shares(cycle, config.pad_id, world)), 1):
+                with autocast(recipe.precision, device), accumulating(parts.net, last=number == len(cycle)):
                     documents_BT = documents(ids_BT, end_of_text)
-                    loss = next_token_loss(net, ids_BT, targets_BT, config.pad_id, documents_BT, recipe.label_smoothing, recipe.z_loss)
-                backward(scaler.scale(loss), share)
+                    loss = next_token_loss(
+                        parts.net, ids_BT, targets_BT, config.pad_id, documents_BT, recipe.label_smoothing, recipe.z_loss
+                    )
+                backward(parts.scaler.scale(loss), share)
                 step_loss += loss.detach() * share
-            update(model, optimizer, recipe.clip, scaler)
-            if average is not None:
-                average.update_parameters(model)
+            update(parts.model, parts.optimizer, recipe.clip, parts.scaler)
+            if parts.average is not None:
+                parts.average.update_parameters(parts.model)
+            parts.steps = done = step + 1
 
-            done, last, stopped_by = step + 1, step + 1 == recipe.steps, world.most(request.signal)
+            last, stopped_by = done == recipe.steps, world.most(request.signal)
             saves = last or bool(stopped_by) or is_due(done, recipe.save_every)
             evaluates = (last and recipe.patience is not None) or (not last and is_due(done, recipe.eval_every))
             if saves or evaluates or done % shows == 0:
@@ -205,31 +161,30 @@ def train(
                 if not math.isfinite(train_loss):
                     raise FloatingPointError(f"the loss is {train_loss} at step {done}")
             if evaluates:
-                rows = data.val_batches(corpus, texts, config.context, recipe.batch_size, recipe.eval_rows)
-                val_loss = evaluate(judged, on(device, rows), config.pad_id, end_of_text, world)
+                val_loss = validation_loss(parts.judged, recipe.eval_rows)
                 progress.show_validation(done, val_loss)
-                if patience.improves(val_loss) and recipe.patience is not None:
-                    save(out / BEST, keep=1)
-            stops = evaluates and patience.over
+                if parts.patience.improves(val_loss) and recipe.patience is not None:
+                    best = keeper.save(out / BEST, best, keep=1)
+            stops = evaluates and parts.patience.over
             if saves or stops:
-                folder = save(out)
+                newest = keeper.save(out, newest)
             if stopped_by and not last:
-                raise Stopped(stopped_by, done, folder, unsaved)
+                raise Stopped(stopped_by, done, newest, keeper.problem)
             if stops:
-                progress.say(done, f"stops: {patience.waited} evaluations without a loss below {patience.best:.4f}")
+                progress.say(done, f"stops: {parts.patience.waited} evaluations without a loss below {parts.patience.best:.4f}")
                 break
 
-        seconds, speed = progress.seconds(), progress.tokens_per_second(done)
-        if recipe.patience is not None:
-            best = checkpoint.read(out / BEST)
-            folder, judged = best.folder, checkpoint.load_weights(best, device, averaged=average is not None)
-        rows = data.val_batches(corpus, texts, config.context, recipe.batch_size)
-        val_loss = evaluate(judged, on(device, rows), config.pad_id, end_of_text, world)
-    progress.show_validation(done, val_loss)
-    if unsaved is not None:
-        raise unsaved
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Result(str(folder), done, train_loss, val_loss, progress.bits_per_byte(val_loss), speed, seconds, parameters)
+        seconds, speed = progress.seconds(), progress.tokens_per_second(parts.steps)
+        judged, chosen = parts.judged, newest
+        if recipe.patience is not None and (out / BEST).is_dir():  # a resumed run's may be older than the resumption
+            chosen = checkpoint.find(out / BEST)
+            judged = checkpoint.load_weights(checkpoint.read(chosen), device, averaged=parts.average is not None)
+        val_loss = validation_loss(judged)
+    progress.show_validation(parts.steps, val_loss)
+    if keeper.problem is not None:
+        raise keeper.problem
+    parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+    return Result(str(chosen), parts.steps, train_loss, val_loss, progress.bits_per_byte(val_loss), speed, seconds, parameters)
 
 
 def documents(ids_BT: Tensor, end_of_text: int | None) -> Tensor | None:

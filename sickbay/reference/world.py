@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from sickbay.core.errors import UsageError
 from sickbay.reference.config import Config
@@ -39,15 +38,10 @@ class World:
         """The part that this process sees."""
         return self.rank % self.shards
 
-    def rows(self, ids_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's rows of a batch; where there are fewer rows than parts, the last row with no target that counts."""
-        if self.shards == 1:
-            return ids_BT, targets_BT
-        if self.shard >= len(ids_BT):
-            from sickbay.reference.loss import IGNORED  # the loss in turn asks the World for its shares
-
-            return ids_BT[-1:], torch.full_like(targets_BT[-1:], IGNORED)
-        return ids_BT[self.shard :: self.shards], targets_BT[self.shard :: self.shards]
+    @property
+    def rows(self) -> slice:
+        """This process's rows of a batch, as batches.py takes them."""
+        return slice(self.shard, None, self.shards)
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number added up over the parts of the batch, in float64."""
