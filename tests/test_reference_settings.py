@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as how
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -71,6 +72,7 @@ recipes = st.builds(
 texts = st.lists(words.filter(lambda word: word != settings.NONE), max_size=3).map(tuple)
 
 
+@how(deadline=None)
 @given(recipes, words.filter(lambda word: word != settings.NONE), texts)
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, val: str, texts: tuple[str, ...]) -> None:
     path = tmp_path_factory.getbasetemp() / "config.toml"

@@ -29,6 +29,7 @@ NAME = "train"
 # What a resumed run may change: it touches no number of the steps already taken.
 FREE = ("steps", "eval_every", "save_every", "patience", "parallel")
 PATHS = ("val", "cache", "translate_there", "translate_back")
+TAKEN = ("context", "dropout", "pad_id")  # what a training may change of a trained model's shape
 MADE = ("chars", "bytes", "bpe")  # tokenizers that are no path
 
 
@@ -81,6 +82,8 @@ def main(args: argparse.Namespace) -> int:
             return _find_learning_rate(settings, asked, device, args.json)
         with together(settings.recipe.parallel, device, settings.recipe.batch_size) as world:
             with world.first_alone():  # the others find what it has prepared
+                if earlier is None and settings.recipe.from_pretrained is not None:
+                    settings = _shaped_as_trained(settings, asked)
                 corpus = _corpus(settings, out, earlier)
             settings = _with_vocabulary(settings, asked, corpus) if earlier is None else settings
             if world.first:
@@ -132,6 +135,8 @@ def _asked(args: argparse.Namespace) -> tuple[Tables, tuple[str, ...]]:
     if asked["recipe"].get("clip") == 0:
         asked["recipe"]["clip"] = None  # another word for never
     # Whole paths: the config.toml that keeps them is used from anywhere.
+    if asked["recipe"].get("from_pretrained") is not None:
+        asked["recipe"]["from_pretrained"] = os.path.abspath(asked["recipe"]["from_pretrained"])
     for field, value in asked["data"].items():
         if value is not None and (field in PATHS or (field == "tokenizer" and value not in MADE)):
             asked["data"][field] = os.path.abspath(value)
@@ -196,6 +201,26 @@ def _corpus(settings: Settings, out: Path, earlier: State | None) -> Corpus:
     finally:
         with contextlib.suppress(OSError):
             out.rmdir()  # only where it is empty
+
+
+def _shaped_as_trained(settings: Settings, asked: Tables) -> Settings:
+    """`settings` with shape and tokenizer of the trained model it starts from. Raises UsageError where another shape was asked for."""
+    from sickbay.reference import start
+
+    folder = Path(settings.recipe.from_pretrained or "")
+    shape, tokenizer = start.shape_of(folder)
+    own = dataclasses.asdict(shape)
+    changed = [f"{field} is {own[field]}" for field, value in asked["model"].items() if field not in TAKEN and value != own[field]]
+    if changed:
+        raise UsageError(f"{folder} has a shape of its own ({', '.join(changed)}); leave the option out, or --from-pretrained")
+    if tokenizer is None and "tokenizer" not in asked["data"]:
+        raise UsageError(f"{folder} has no tokenizer.json; name the one it was trained with: --tokenizer PATH")
+    taken = {field: asked["model"][field] for field in TAKEN if field in asked["model"]}
+    asked["model"]["vocab_size"] = shape.vocab_size
+    chosen = asked["data"].get("tokenizer", str(tokenizer))
+    return dataclasses.replace(
+        settings, model=dataclasses.replace(shape, **taken), data=dataclasses.replace(settings.data, tokenizer=chosen)
+    )
 
 
 def _with_vocabulary(settings: Settings, asked: Tables, corpus: Corpus) -> Settings:

@@ -27,9 +27,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sickbay.reference import durable, random_states, shards
+from sickbay.reference import durable, lora, random_states, shards
 from sickbay.reference.config import Config
 from sickbay.reference.model import Transformer
+from sickbay.reference.recipe import listed
 from sickbay.reference.tokenizer import Tokenizer
 from sickbay.reference.tokenizer import load as load_tokenizer
 from sickbay.reference.world import ALONE, World
@@ -158,12 +159,18 @@ def read(path: Path, tell: Callable[[str], None] | None = None) -> State:
 
 
 def load_weights(state: State, device: str = "cpu", *, averaged: bool = False) -> Transformer:
-    """The model as it was saved, whole, on `device`; `averaged`: with the average of its weights.
+    """The model as it was saved, whole, on `device`, adapters merged; `averaged`: with the average of its weights.
 
     Raises ValueError where the files do not belong to the config.
     """
     model = Transformer(state.config)
+    rank = state.recipe.get("lora_rank")
+    if rank is not None:
+        lora.apply(model, rank, state.recipe["lora_alpha"], listed(state.recipe["lora_targets"]))
     restore_weights(state, model, averaged=averaged)
+    if rank is not None:
+        lora.merge(model)
+        model.requires_grad_(True)
     return model.to(device)
 
 

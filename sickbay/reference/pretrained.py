@@ -72,6 +72,16 @@ def load(
     return model, path if path.is_file() else None
 
 
+def config_of(folder: Path) -> Config:
+    """The shape of the checkpoint's model, no weight read. Raises UsageError as `load` does."""
+    fields = _fields(folder)
+    family = _family(folder, fields)
+    try:
+        return family.read(fields)
+    except (UsageError, ValueError, TypeError) as problem:
+        raise UsageError(f"{folder / 'config.json'}: {problem}") from problem
+
+
 def save(model: Transformer, folder: Path, tokenizer_file: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """`folder` holds a checkpoint that transformers loads, with the same logits, and `tokenizer_file` as its tokenizer.json.
 

@@ -34,6 +34,11 @@ class Recipe:
     `weight_decay`: of the matrices AdamW trains, decoupled: learning rate x this is lost in each step.
     `matrix_weight_decay`: of the matrices Muon trains, decoupled likewise.
     `clip`: largest global L2 norm of the gradient, none = never clipped.
+    `from_pretrained`: folder of a trained model, ours or transformers', to start from; none = weights drawn at random.
+    `freeze`: names or patterns, between commas, of what is not trained: token_embedding,blocks.[0-3]; none = all is trained.
+    `lora_rank`: rank of the adapters that are trained instead of the weights (Hu et al. 2022); none = the weights themselves.
+    `lora_alpha`: alpha / rank scales what adapters add.
+    `lora_targets`: ends of the names, between commas, of the layers that get adapters.
     `label_smoothing`: share of each target spread over the vocabulary (Szegedy et al. 2016).
     `z_loss`: weight of log(Z) squared, which keeps logits from drifting; PaLM's is 1e-4 (Chowdhery et al. 2022, section 5).
     `ema`: decay rate of an average of the weights, evaluated and saved beside them; none = no average.
@@ -66,6 +71,11 @@ class Recipe:
     weight_decay: float = 0.1
     matrix_weight_decay: float = 0.0
     clip: float | None = 1.0
+    from_pretrained: str | None = None
+    freeze: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+    lora_targets: str = "attention.query_key_value,attention.output"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     ema: float | None = None
@@ -86,10 +96,15 @@ class Recipe:
             demand(field, getattr(self, field), is_count(getattr(self, field)), "an integer of at least 1")
         for field in ("warmup", "eval_every", "save_every", "seed"):
             demand(field, getattr(self, field), is_count(getattr(self, field), 0), "an integer of at least 0")
-        for field in ("patience", "threads"):
+        for field in ("patience", "threads", "lora_rank"):
             value = getattr(self, field)
             demand(field, value, value is None or is_count(value), "None or an integer of at least 1")
-        for field in ("learning_rate", "matrix_learning_rate"):
+        for field in ("from_pretrained", "freeze"):
+            value = getattr(self, field)
+            demand(field, value, value is None or (isinstance(value, str) and bool(value)), "None or a text that is not empty")
+        targets = self.lora_targets
+        demand("lora_targets", targets, isinstance(targets, str) and bool(targets), "names of layers between commas")
+        for field in ("learning_rate", "matrix_learning_rate", "lora_alpha"):
             value = getattr(self, field)
             demand(field, value, is_number(value) and value > 0, "above 0 and finite")
         floor = self.min_learning_rate
@@ -121,3 +136,8 @@ class Recipe:
     def floor(self) -> float:
         """The learning rate at the end."""
         return self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate
+
+
+def listed(words: str) -> list[str]:
+    """The words between the commas."""
+    return [word.strip() for word in words.split(",") if word.strip()]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import sys
@@ -67,6 +68,7 @@ class Kind:
     choices: tuple[str, ...]
 
 
+@functools.cache
 def fields_of(table: str) -> dict[str, Kind]:
     """The settings of `table` by name, in the order of its dataclass."""
     hints = typing.get_type_hints(TABLES[table])
