@@ -198,8 +198,8 @@ class Logits(nn.Module):
         return logits_BTV
 
 
-def serve(model: nn.Module, step: Step, shape: Shape, text: Text, judged: nn.Module) -> None:
-    requests, done = Requests(), 0
+def serve(requests: Requests, model: nn.Module, step: Step, shape: Shape, text: Text, judged: nn.Module) -> None:
+    done = 0
     for request in requests:
         if "steps" in request or "losses" in request:
             seconds, losses = [], []
@@ -224,7 +224,7 @@ def serve(model: nn.Module, step: Step, shape: Shape, text: Text, judged: nn.Mod
             requests.answer({"parameters": counted, "flops": training_flops_per_token(model, shape.config())})
 
 
-def serve_transformers(shape: Shape, text: Text) -> None:
+def serve_transformers(requests: Requests, shape: Shape, text: Text) -> None:
     """transformers' Trainer with a GPT-2 of the same shape; it holds between two steps until it is asked for more."""
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -237,7 +237,6 @@ def serve_transformers(shape: Shape, text: Text) -> None:
             row = torch.from_numpy(text.train[place : place + shape.context].astype(np.int64))
             return {"input_ids": row, "labels": row}
 
-    requests = Requests()
     asked = iter(requests)
 
     class Turns(TrainerCallback):
@@ -273,18 +272,19 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path)
     parser.add_argument("--start", type=Path, help="a file of nanoGPT's first weights: nanogpt writes it, ours begins with it")
     args = parser.parse_args()
+    requests = Requests()  # before anything prints
     shape, text = SHAPES[args.shape], Text()
     if args.name == "transformers":
-        serve_transformers(shape, text)
+        serve_transformers(requests, shape, text)
         return
     if args.name == "nanogpt":
         model, step = nanogpt_step(args.nanogpt, shape, text, args.start, shared_rows=args.start is not None)
         with contextlib.suppress(KeyboardInterrupt):
-            serve(model, step, shape, text, Logits(model))
+            serve(requests, model, step, shape, text, Logits(model))
         return
     ours, step = our_step(SETTINGS[args.name], shape, text, args.start)
     with processor(None, flush_denormal=True), contextlib.suppress(KeyboardInterrupt):
-        serve(ours, step, shape, text, ours)
+        serve(requests, ours, step, shape, text, ours)
 
 
 if __name__ == "__main__":

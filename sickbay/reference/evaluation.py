@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from sickbay.core import repetition
@@ -16,6 +16,7 @@ from sickbay.core.ngrams import NGrams, windows
 from sickbay.reference.batches import Batch, Tokens
 from sickbay.reference.loss import IGNORED, counted
 from sickbay.reference.packing import documents_of
+from sickbay.reference.world import ALONE, World
 
 GRAMS = (1, 2, 3)
 MOST_COUNTED = 5_000_000  # tokens of the training part from which the tables are made: seconds, not minutes
@@ -43,33 +44,35 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], pad_id: int | None = None, end_of_text: int | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], pad_id: int | None = None, end_of_text: int | None = None, world: World = ALONE
+) -> Evaluation:
     """The loss over all targets of `batches` that are neither `pad_id` nor -100, without dropout; the model's mode is as it was.
 
-    `end_of_text`: the id that ends the documents packed in a row.
+    `end_of_text`: the id that ends the documents packed in a row. `world`: the processes that share the rows; `batches` are those of this one.
     """
     was_training = model.training
     model.eval()
-    losses: list[Tensor] = []
-    counts: list[Tensor] = []
+    sums = torch.zeros(6, dtype=torch.float64)
     try:
         for ids_BT, targets_BT in batches:
             targets_N = counted(targets_BT, pad_id).flatten()
             logits_BTV = model(ids_BT) if end_of_text is None else model(ids_BT, documents_of(ids_BT, end_of_text))
-            logits_NV = logits_BTV.flatten(0, 1).float()
-            loss_N = functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
-            losses.append(loss_N.view_as(targets_BT).double().sum(1).cpu())
-            counts.append((targets_N != IGNORED).view_as(targets_BT).sum(1).cpu())
+            loss_N = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_N, ignore_index=IGNORED, reduction="none")
+            loss_B = loss_N.view_as(targets_BT).double().sum(1).cpu()
+            count_B = (targets_N != IGNORED).view_as(targets_BT).sum(1).double().cpu()
+            parts = (loss_B, count_B, (count_B > 0).double(), loss_B.square(), loss_B * count_B, count_B.square())
+            sums += torch.stack([part.sum() for part in parts])
     finally:
         model.train(was_training)
-    if not counts or not (tokens := int(torch.cat(counts).sum())):
+    loss, tokens, rows, loss_squared, loss_count, count_squared = world.sum(*sums.tolist())
+    if not tokens:
         return Evaluation(math.nan, math.nan, 0)
-    loss_R, count_R = torch.cat(losses), torch.cat(counts).double()
-    mean = float(loss_R.sum()) / tokens
-    rows = len(loss_R)
+    mean = loss / tokens
     # Of a ratio of two sums over rows (Cochran 1977, section 6.3): rows may hold unequal numbers of targets.
-    error = float((loss_R - mean * count_R).square().sum().sqrt()) / tokens * math.sqrt(rows / (rows - 1)) if rows > 1 else math.nan
-    return Evaluation(mean, error, tokens)
+    squared = max(0.0, loss_squared - 2 * mean * loss_count + mean**2 * count_squared)
+    error = math.sqrt(squared * rows / (rows - 1)) / tokens if rows > 1 else math.nan
+    return Evaluation(mean, error, int(tokens))
 
 
 @dataclass(frozen=True)
