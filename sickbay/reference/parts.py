@@ -47,7 +47,7 @@ class Parts:
 
 def begin(config: Config, recipe: Recipe, resume: checkpoint.State | None, world: World, device: str) -> Parts:
     """The parts as the first step needs them: new, or as `resume` has them. Raises UsageError, ValueError."""
-    torch.manual_seed(recipe.seed)
+    random_states.seed(recipe.seed)
     model = starting_model(config, recipe, fresh=resume is None)
     recompute(model, recipe.recompute)
     average = None if recipe.ema is None else averaged(model, recipe.ema)

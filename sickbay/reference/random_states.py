@@ -43,9 +43,13 @@ def restore(states: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def seed(number: int) -> None:
+    """The random states of Python, NumPy and torch depend on `number` alone."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
 def draw_anew(*key: int) -> None:
     """The random states depend on `key` alone: for a process that was not there when the run was saved."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
