@@ -108,6 +108,13 @@ def test_stdin_is_read_once_and_is_the_same_text_as_the_file(tmp_path: Path, mon
     assert piped.train.tolist() == file.train.tolist()
     assert not [path for path in (tmp_path / "piped").rglob("*") if "stdin" in path.name or "partial" in path.name]
 
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    resumed = data.prepare(Path("-"), tmp_path / "piped", BYTES, piped.tokenizer, expected=piped.source)
+    assert resumed.train.tolist() == file.train.tolist(), "a run goes on although the pipe has run dry"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    with pytest.raises(UsageError, match=r"^stdin is not UTF-8 text \(byte 3\)"):
+        data.prepare(Path("-"), tmp_path / "piped", BYTES)
+
 
 def test_a_second_run_encodes_nothing_and_a_changed_text_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"

@@ -7,6 +7,7 @@ for ids, targets in train_batches(corpus, settings, context=256, batch_size=12, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -69,30 +70,51 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        places = [sources.spool(partial / "stdin") if place == sources.STDIN else place for place in places]
-        text = Text.at(places, settings.field)
-        val = None if settings.val is None else _separate(Path(settings.val), text)
-        _demand_size(text, val, settings, context)
-        source = _source(text, val)
-        if expected is not None and source != expected:
-            raise UsageError(f"{_named(places)} is not the text this run was trained on; give that one, or start anew with another --out")
-        tokenizer = tokenizer or _made(settings, text, val, source, folder)
-        tokenizer.save(partial / "tokenizer.json")
-        kept = folder / _key(source, settings, partial / "tokenizer.json")
-        if not _complete(kept):
-            _write(text, val, tokenizer, settings, partial)
-            (partial / "stdin").unlink(missing_ok=True)
-            shutil.rmtree(kept, ignore_errors=True)
-            # Another process may have been faster: its tokens are the same.
-            with contextlib.suppress(OSError):
-                partial.rename(kept)
-            if not _complete(kept):
-                raise OSError(f"{kept} was written and is not whole")
+        return _prepared(places, partial, settings, tokenizer, expected, context)
+    except UsageError as problem:
+        raise UsageError(str(problem).replace(str(partial / "stdin"), "stdin")) from problem
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only where nothing was kept
+
+
+def _prepared(
+    places: list[Path], partial: Path, settings: DataSettings, tokenizer: Tokenizer | None, expected: str | None, context: int
+) -> Corpus:
+    """The corpus, new tokens made in the empty folder `partial` and renamed into place when they are whole."""
+    folder = partial.parent
+    if sources.STDIN in places:
+        if tokenizer is not None and expected is not None:
+            # A run that goes on needs the tokens alone, and a pipe is gone when it has run.
+            tokenizer.save(partial / "tokenizer.json")
+            kept = folder / _key(expected, settings, partial / "tokenizer.json")
+            if _complete(kept):
+                return _opened(kept, tokenizer, expected)
+        places = [sources.spool(partial / "stdin") if place == sources.STDIN else place for place in places]
+    text = Text.at(places, settings.field)
+    val = None if settings.val is None else _separate(Path(settings.val), text)
+    _demand_size(text, val, settings, context)
+    source = _source(text, val)
+    if expected is not None and source != expected:
+        raise UsageError(f"{_named(places)} is not the text this run was trained on; give that one, or start anew with another --out")
+    tokenizer = tokenizer or _made(settings, text, val, source, folder)
+    tokenizer.save(partial / "tokenizer.json")
+    kept = folder / _key(source, settings, partial / "tokenizer.json")
+    if not _complete(kept):
+        _write(text, val, tokenizer, settings, partial)
+        (partial / "stdin").unlink(missing_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)
+        # Another process may have been faster: its tokens are the same.
+        with contextlib.suppress(OSError):
+            partial.rename(kept)
+        if not _complete(kept):
+            raise OSError(errno.EIO, "not whole although it was written", str(kept))
+    return _opened(kept, tokenizer, source)
+
+
+def _opened(kept: Path, tokenizer: Tokenizer, source: str) -> Corpus:
     told = json.loads((kept / "corpus.json").read_text(encoding="utf-8"))
     train_tokens, val_tokens = (tokens.open_tokens(kept / f"{part}.bin", tokenizer.vocab_size) for part in ("train", "val"))
     return Corpus(tokenizer, train_tokens, val_tokens, source, told["bytes_per_token"], told["several"])
