@@ -20,6 +20,7 @@ from sickbay.cli import train as train_command
 from sickbay.reference import checkpoint, data, train
 from sickbay.reference.config import Config
 from sickbay.reference.ema import averaged
+from sickbay.reference.evaluation import evaluate
 from sickbay.reference.loss import next_token_loss
 from sickbay.reference.machine import demand_compiler, processor
 from sickbay.reference.model import Transformer
@@ -328,7 +329,7 @@ def test_the_average_is_what_is_evaluated(tmp_path: Path, text: Path) -> None:
     corpus = data.prepare(text, tmp_path / "tokens", tokenizer=state.tokenizer)
 
     def loss(model: Transformer) -> float:
-        return train.evaluate(model, data.spread_batches(corpus.val, 16, 4))
+        return evaluate(model, data.spread_batches(corpus.val, 16, 4)).loss
 
     assert loss(average) != loss(weights)
 

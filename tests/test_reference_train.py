@@ -19,6 +19,7 @@ from sickbay.cli import generate as generate_command
 from sickbay.cli import train as train_command
 from sickbay.core.errors import UsageError
 from sickbay.reference import checkpoint, data, durable, train
+from sickbay.reference.evaluation import evaluate
 
 SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2", "--dropout", "0.1")
 
@@ -111,7 +112,7 @@ def test_the_result_is_json_and_its_checkpoint_generates(tmp_path: Path, text: P
     state = checkpoint.read(tmp_path / "run")
     corpus = data.prepare(text, tmp_path / "tokens", tokenizer=state.tokenizer)
     windows = data.spread_batches(corpus.val, 16, 7)
-    assert train.evaluate(checkpoint.load_weights(state), windows) == pytest.approx(result["val_loss"], rel=1e-5)
+    assert evaluate(checkpoint.load_weights(state), windows).loss == pytest.approx(result["val_loss"], rel=1e-5)
 
     assert call(generate_command, result["checkpoint"], "--prompt", "First", "--tokens", "20", "--temperature", "0", "--json") == 0
     sample = json.loads(capsys.readouterr().out)

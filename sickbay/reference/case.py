@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sickbay.reference import data, train
 from sickbay.reference.config import Config
 from sickbay.reference.data import Batch
+from sickbay.reference.evaluation import evaluate
 from sickbay.reference.loss import next_token_loss, token_shares
 from sickbay.reference.model import Transformer
 from sickbay.reference.optimizer import make_adamw, set_learning_rate
@@ -75,7 +76,7 @@ def _update(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
 
 
 def _evaluate(case: Case, model: nn.Module) -> float:
-    return train.evaluate(model, itertools.islice(case.batches(case, "val"), EVAL_BATCHES), case.config.pad_id)
+    return evaluate(model, itertools.islice(case.batches(case, "val"), EVAL_BATCHES), case.config.pad_id).loss
 
 
 @dataclass(frozen=True, eq=False)

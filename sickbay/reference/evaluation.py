@@ -49,7 +49,7 @@ def evaluate(
 ) -> Evaluation:
     """The loss over all targets of `batches` that are neither `pad_id` nor -100, without dropout; the model's mode is as it was.
 
-    `end_of_text`: the id that ends the documents packed in a row. `world`: the processes that share the rows; `batches` are those of this one.
+    `end_of_text`: the id that ends the documents packed in a row. `world`: the processes whose rows `batches` do not hold.
     """
     was_training = model.training
     model.eval()

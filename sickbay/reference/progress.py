@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sickbay.reference.recipe import Recipe
 
@@ -22,13 +24,21 @@ class Progress:
         self._first, self._steps = first, recipe.steps
         self._tokens_per_step, self._bytes_per_token = tokens_per_step, bytes_per_token
         self._started = time.perf_counter()
+        self._aside = 0.0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is inside is no training: its seconds do not count in tokens_per_second."""
+        began = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - began
 
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
     def tokens_per_second(self, done: int) -> float:
-        """Since the start, evaluations and checkpoints included."""
-        return (done - self._first) * self._tokens_per_step / max(self.seconds(), 1e-9)
+        """Since the start, of the steps alone."""
+        return (done - self._first) * self._tokens_per_step / max(self.seconds() - self._aside, 1e-9)
 
     def bits_per_byte(self, loss: float) -> float:
         """`loss` nats per token in bits per UTF-8 byte of the text, which does not depend on the tokenizer."""

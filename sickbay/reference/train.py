@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from sickbay.reference import checkpoint, data
 from sickbay.reference.config import Config
 from sickbay.reference.data_settings import DataSettings
+from sickbay.reference.evaluation import Evaluation, evaluate
 from sickbay.reference.interrupt import Stopped, on_request
-from sickbay.reference.loss import IGNORED, counted, next_token_loss, token_shares
+from sickbay.reference.loss import next_token_loss, token_shares
 from sickbay.reference.machine import processor
 from sickbay.reference.optimizer import set_learning_rate
 from sickbay.reference.parallel import accumulating, clip_gradients
@@ -53,39 +54,25 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | Non
     optimizer.zero_grad(set_to_none=True)
 
 
-def evaluate(
-    model: nn.Module, batches: Iterable[data.Batch], pad_id: int | None = None, end_of_text: int | None = None, world: World = ALONE
-) -> float:
-    """Mean loss in nats over all counted targets of `batches`, without dropout and gradients; the model is in training mode after.
-
-    `end_of_text`: the id that ends the documents packed in a row. `world`: the processes that share the rows, of which
-    `batches` hold this one's.
-    """
-    model.eval()
-    total, tokens = 0.0, 0.0
-    with torch.no_grad():
-        for ids, targets in batches:
-            count = int((counted(targets, pad_id) != IGNORED).sum())
-            loss = next_token_loss(model, ids, targets, pad_id, documents(ids, end_of_text))
-            total += loss.item() * count if count else 0.0
-            tokens += count
-    total, tokens = world.sum(total, tokens)
-    model.train()
-    return total / tokens if tokens else math.nan
-
-
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. Losses in nats per token; `val_loss` over the whole validation split, of what `checkpoint` holds."""
+    """What a run came to. Losses in nats per token; `val_loss` over the whole validation split, of what `checkpoint` holds.
+
+    `val_error`: its standard error; `val_tokens`: the targets it is the mean over. `tokens_per_second`: of the steps alone;
+    `seconds`: with evaluations and checkpoints. `history`: (step, validation loss) of the evaluations under way since the last start.
+    """
 
     checkpoint: str
     steps: int
     train_loss: float
     val_loss: float
+    val_error: float
+    val_tokens: int
     bits_per_byte: float
     tokens_per_second: float
     seconds: float
     parameters: int
+    history: tuple[tuple[int, float], ...]
 
 
 def train(
@@ -125,8 +112,9 @@ def train(
     keeper = Keeper(parts, recipe, corpus, world, lambda text: progress.say(parts.steps, text))
     train_loss, newest, best = math.nan, None if resume is None else resume.folder, None
     shows = world.most(progress.every)
+    history: list[tuple[int, float]] = []
 
-    def validation_loss(model: nn.Module, most_rows: int | None = None) -> float:
+    def validate(model: nn.Module, most_rows: int | None = None) -> Evaluation:
         rows = data.val_batches(corpus, texts, config.context, recipe.batch_size, most_rows, world.rows)
         return evaluate(model, on(device, rows), config.pad_id, end_of_text, world)
 
@@ -161,13 +149,16 @@ def train(
                 if not math.isfinite(train_loss):
                     raise FloatingPointError(f"the loss is {train_loss} at step {done}")
             if evaluates:
-                val_loss = validation_loss(parts.judged, recipe.eval_rows)
+                with progress.aside():
+                    val_loss = validate(parts.judged, recipe.eval_rows).loss
                 progress.show_validation(done, val_loss)
+                history.append((done, val_loss))
                 if parts.patience.improves(val_loss) and recipe.patience is not None:
                     best = keeper.save(out / BEST, best, keep=1)
             stops = evaluates and parts.patience.over
             if saves or stops:
-                newest = keeper.save(out, newest)
+                with progress.aside():
+                    newest = keeper.save(out, newest)
             if stopped_by and not last:
                 raise Stopped(stopped_by, done, newest, keeper.problem)
             if stops:
@@ -179,12 +170,24 @@ def train(
         if recipe.patience is not None and (out / BEST).is_dir():  # a resumed run's may be older than the resumption
             chosen = checkpoint.find(out / BEST)
             judged = checkpoint.load_weights(checkpoint.read(chosen), device, averaged=parts.average is not None)
-        val_loss = validation_loss(judged)
-    progress.show_validation(parts.steps, val_loss)
+        validation = validate(judged)
+    progress.show_validation(parts.steps, validation.loss)
     if keeper.problem is not None:
         raise keeper.problem
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
-    return Result(str(chosen), parts.steps, train_loss, val_loss, progress.bits_per_byte(val_loss), speed, seconds, parameters)
+    return Result(
+        str(chosen),
+        parts.steps,
+        train_loss,
+        validation.loss,
+        validation.error,
+        validation.tokens,
+        progress.bits_per_byte(validation.loss),
+        speed,
+        seconds,
+        parameters,
+        tuple(history),
+    )
 
 
 def documents(ids_BT: Tensor, end_of_text: int | None) -> Tensor | None:
