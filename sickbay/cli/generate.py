@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NAME = "generate"
 PROMPT = "\n"
+WEIGHTS = ("fp32", "fp16")
 TEMPERATURE = 0.8
 RULE = "-" * 40  # between texts
 
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--early-stopping", action="store_true", help="beams: done when N texts have ended, though an open one may be better")
     add("--interactive", action="store_true", help="go on from each line that is typed or piped in")
     add("--device", metavar="DEVICE", help="where to compute (cuda where there is one, otherwise cpu)")
+    add("--weights", choices=WEIGHTS, default="fp32", help="fp16: matrices are rounded, and read twice as fast; for the cpu (fp32)")
     add("--json", action="store_true", help="one JSON object a text on stdout: prompt, text, tokens, why it ended, seed, settings, seconds")
 
 
@@ -70,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
         decoding = _decoding(args)
         prompts = [prompt for prompt in _prompts(args) for _ in range(args.num)]
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load(args.checkpoint, device)
+        model, tokenizer = load(args.checkpoint, device, args.weights)
         if args.interactive:
             from sickbay.cli.conversation import converse
 
@@ -97,8 +99,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(path: Path, device: str) -> tuple[Transformer, Tokenizer]:
-    """The model of the run, checkpoint or transformers folder at `path`, and its tokenizer. Raises OSError, ValueError, UsageError."""
+def load(path: Path, device: str, weights: str) -> tuple[Transformer, Tokenizer]:
+    """The model of the run, checkpoint or transformers folder at `path`, for writing alone, and its tokenizer.
+
+    Raises OSError, ValueError, UsageError.
+    """
     from sickbay.reference import checkpoint, layout, tokenizer
 
     if (path / "config.json").is_file():
@@ -111,13 +116,16 @@ def load(path: Path, device: str) -> tuple[Transformer, Tokenizer]:
     else:
         state = checkpoint.read(path)
         model, words = checkpoint.load_weights(state, device, averaged=checkpoint.has_average(state)), state.tokenizer
-    layout.lay_out_for_reading(model)
+    if weights == "fp16":
+        layout.halve_weights(model)
+    else:
+        layout.lay_out_for_reading(model)
     return model, words
 
 
 def _demand_sensible(args: argparse.Namespace) -> None:
-    for name in ("tokens", "num"):
-        if getattr(args, name) < 1:
+    for name in ("tokens", "num", "beams"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if not args.checkpoint.exists():
         raise UsageError(f"no checkpoint at {args.checkpoint}; `sickbay train TEXT` makes one and prints its path")
@@ -150,10 +158,10 @@ def _decoding(args: argparse.Namespace) -> Decoding:
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file is None:
         return args.prompt or [PROMPT]
-    if str(args.prompt_file) == "-":
-        return [sys.stdin.read()]
     try:
-        return [args.prompt_file.read_text(encoding="utf-8")]
+        return [sys.stdin.read() if str(args.prompt_file) == "-" else args.prompt_file.read_text(encoding="utf-8")]
+    except OSError as problem:
+        raise UsageError(f"--prompt-file {args.prompt_file} cannot be read: {problem.strerror}") from problem
     except UnicodeDecodeError as problem:
         raise UsageError(f"--prompt-file {args.prompt_file} is not UTF-8 text: {problem}") from problem
 
