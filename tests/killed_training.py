@@ -2,8 +2,8 @@
 
     python killed_training.py FOLDER KILLS SEED
 
-The one left alone runs in this process; every life of the other is a fork of it, so that torch is imported once. A life tells its steps and the stages of its saves through a pipe; the
-parent kills it (SIGKILL) at a stage drawn at random, and the next life resumes.
+The one left alone runs in this process; every life of the other is a fork of it, so that torch is imported once. A life tells
+its steps and the stages of its saves through a pipe; the parent kills it (SIGKILL) at one drawn at random, the next resumes.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def fork(corpus: data.Corpus, out: Path, losses: Path, stop_at: tuple[bytes, int
     if child == 0:
         try:
             os.close(reads)
-            sys.stderr = open(os.devnull, "w")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             live(corpus, out, losses, writes if stop_at else None)
             os._exit(0)
         except BaseException:
-            traceback.print_exc(file=sys.__stderr__)
+            print(traceback.format_exc())
             os._exit(1)
     os.close(writes)
     if stop_at is not None:
