@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from sickbay.reference.cache import Cache
 from sickbay.reference.config import Config
+from sickbay.reference.decoding import Decoding
 from sickbay.reference.encoder import Encoder
 from sickbay.reference.encoder_decoder import EncoderDecoder
+from sickbay.reference.generate import generate
 from sickbay.reference.model import Transformer
 
 TINY = Config(dim=16, num_layers=2, num_heads=2, vocab_size=11, context=12)
@@ -133,6 +135,20 @@ def test_a_target_decoded_token_by_token_has_the_logits_of_the_whole(positions: 
     memory, cache = model.encode(source), Cache(model.config, 3)
     steps = [model.decode(target[:, n : n + 1], memory, cache=cache) for n in range(7)]
     torch.testing.assert_close(torch.cat(steps, dim=1), model(source, target), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_what_is_generated_from_a_source_is_what_the_whole_forward_says(sources: int) -> None:
+    model, source = made(EncoderDecoder, pad_id=0, tied_embeddings=False), ids_of(sources, 9)
+    begins = torch.full((2, 1), 3)
+    written = torch.stack(list(generate(model.given(source), begins, 6, Decoding(temperature=0))), dim=1)
+    rows = begins
+    for _ in range(6):
+        with torch.no_grad():
+            rows = torch.cat((rows, model(source.expand(2, 9), rows)[:, -1:].argmax(dim=-1)), dim=1)
+    assert torch.equal(written, rows[:, 1:])
+    assert sources == 1 or not torch.equal(written[0], written[1])
+    assert not model.training
 
 
 def test_documents_of_one_side_alone_and_a_target_beyond_the_context_are_refused() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sickbay.reference.decoding import Decoding, penalised
 from sickbay.reference.demand import demand, is_count, is_number
-from sickbay.reference.model import Transformer
+from sickbay.reference.model import LanguageModel
 from sickbay.reference.reader import Reader
 
 GREEDY = Decoding(temperature=0)
@@ -70,7 +70,7 @@ class _Search:
 
 @torch.inference_mode()
 def beam_search(
-    model: Transformer,
+    model: LanguageModel,
     prompts: Sequence[Tensor],
     count: int,
     beams: Beams,

@@ -27,6 +27,13 @@ class Memory:
     ids_BS: Tensor
     documents_BS: Tensor | None
 
+    def rows(self, count: int) -> Memory:
+        """The same for `count` rows of the target, where there is one source for all of them."""
+        if len(self.ids_BS) == count or len(self.ids_BS) > 1:
+            return self
+        keys_values = [(key.expand(count, -1, -1, -1), value.expand(count, -1, -1, -1)) for key, value in self.keys_values]
+        return Memory(keys_values, self.ids_BS.expand(count, -1), self.documents_BS)
+
 
 class CrossAttention(nn.Module):
     """Queries of the target, keys and values of the source (Vaswani et al. 2017, section 3.2.3), without positions, as in T5."""
@@ -136,7 +143,14 @@ class EncoderDecoder(nn.Module):
         return Memory([block.cross_attention.keys_values(hidden_BSD) for block in blocks], source_BS, documents)
 
     def decode(self, target_BT: Tensor, memory: Memory, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Logits `(B, T, V)`; `cache`: the positions of the target before these, to which these are added."""
+        """Logits `(B, T, V)`; arguments and errors as of `hidden`."""
+        return self.encoder.logits(self.hidden(target_BT, memory, documents, cache))
+
+    def hidden(self, target_BT: Tensor, memory: Memory, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the decoder makes of the target, normalised: `(B, T, D)`.
+
+        `cache`: the positions of the target before these, to which these are added. Raises ValueError beyond `config.context`.
+        """
         config, held = self.config, 0 if cache is None else cache.length
         if target_BT.dim() != 2 or held + target_BT.shape[1] > config.context:
             shape = f"{tuple(target_BT.shape)}" + (f" after {held} positions" if held else "")
@@ -159,7 +173,35 @@ class EncoderDecoder(nn.Module):
         caches = [None] * config.num_layers if cache is None else cache.layers
         for block, source, layer in zip(self.decoder.blocks, memory.keys_values, caches):
             x_BTD = block(x_BTD, visible_B1TT, rotation, source, source_visible_B1TS, layer)
-        return self.encoder.logits(self.decoder.final_norm(x_BTD))
+        normed_BTD: Tensor = self.decoder.final_norm(x_BTD)
+        return normed_BTD
+
+    def given(self, source_BS: Tensor) -> Given:
+        """A model of the target alone, for generate.generate: row b goes with row b of the source, or all rows with the only one."""
+        return Given(self, source_BS)
+
+
+class Given(nn.Module):
+    """The decoder with its source fixed: what is generated from it is read and written as a decoder-only model's text is."""
+
+    def __init__(self, model: EncoderDecoder, source_BS: Tensor) -> None:
+        super().__init__()
+        self.model, self.config, self.token_embedding = model, model.config, model.encoder.token_embedding
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            self._memory = model.encode(source_BS)
+        self.train(was_training)
+
+    def hidden(self, ids_BT: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """As EncoderDecoder's; there are no `documents`."""
+        return self.model.hidden(ids_BT, self._memory.rows(len(ids_BT)), documents, cache)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        return self.model.encoder.logits(hidden_BTD)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.logits(self.hidden(ids_BT))
 
 
 def visibility_of_source(target_BT: Tensor, documents_BT: Tensor | None, memory: Memory, pad_id: int | None) -> Tensor | None:

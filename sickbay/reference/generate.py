@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from sickbay.reference.decoding import Decoding, next_token
-from sickbay.reference.model import Transformer
+from sickbay.reference.model import LanguageModel
 from sickbay.reference.reader import Reader
 
 
 def generate(
-    model: Transformer, prompts: Sequence[Tensor] | Tensor, count: int, decoding: Decoding, seed: int = 0, vocab_size: int | None = None
+    model: LanguageModel, prompts: Sequence[Tensor] | Tensor, count: int, decoding: Decoding, seed: int = 0, vocab_size: int | None = None
 ) -> Iterator[Tensor]:
     """Yields `count` times the next token `(B,)` int64 of every row.
 
@@ -38,7 +38,7 @@ def generate(
 
 
 @torch.no_grad()
-def generate_plainly(model: Transformer, prompt_T: Tensor, count: int, decoding: Decoding, seed: int = 0) -> Tensor:
+def generate_plainly(model: LanguageModel, prompt_T: Tensor, count: int, decoding: Decoding, seed: int = 0) -> Tensor:
     """The `count` tokens that `generate` yields for one row, by the training's forward pass over all that is seen, for each token anew.
 
     Its work grows with the square of the length: it is what the cache is measured and tested against.

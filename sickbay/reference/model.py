@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,24 @@ from sickbay.reference.config import Config
 from sickbay.reference.initialise import initialise
 
 Through = Callable[[Sequence[nn.Module], Tensor, "Tensor | None", "Rotation | None", Sequence["LayerCache | None"]], Tensor]
+
+
+class LanguageModel(Protocol):
+    """What generation asks of a model."""
+
+    config: Config
+    token_embedding: nn.Embedding
+    training: bool
+
+    def hidden(self, ids_BT: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor: ...
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor: ...
+
+    def __call__(self, ids_BT: Tensor) -> Any: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
 
 
 class Transformer(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sickbay.reference.cache import Cache
-from sickbay.reference.model import Transformer
+from sickbay.reference.model import LanguageModel
 
 PADDING = -1  # on the left of shorter rows: no vocabulary has it
 
@@ -24,7 +24,7 @@ class Reader:
     sees depends on nothing but its own length. Rows of different length are padded on the left; no row notices the others.
     """
 
-    def __init__(self, model: Transformer, prompts: Sequence[Tensor], room: int) -> None:
+    def __init__(self, model: LanguageModel, prompts: Sequence[Tensor], room: int) -> None:
         """`prompts`: each row's ids `(T,)` int64, at least one. `room`: most tokens that will be appended. Raises ValueError."""
         if len(prompts) == 0 or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("there is nothing to go on from: give at least one prompt, and each at least one token")
