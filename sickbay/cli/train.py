@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sickbay.reference.checkpoint import State
     from sickbay.reference.data import Corpus
     from sickbay.reference.settings import Settings, Tables
+    from sickbay.reference.train import Result
 
 NAME = "train"
 # What a resumed run may change: it touches no number of the steps already taken.
@@ -118,10 +120,40 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
-        print(f"validation loss {result.val_loss:.4f} ({result.bits_per_byte:.3f} bits per byte), {result.parameters:,} parameters")
-        print(f"checkpoint {result.checkpoint}")
-        print(f"sample it: sickbay generate {result.checkpoint}")
+        _show_card(settings, out, corpus, result, device)
     return 0
+
+
+def _show_card(settings: Settings, out: Path, corpus: Corpus, result: Result, device: str) -> None:
+    """The card of the run stands on stdout."""
+    from sickbay.reference import card, checkpoint, closing, data
+    from sickbay.reference.evaluation import Evaluation
+
+    recipe, config = settings.recipe, settings.model
+    model = checkpoint.load_weights(checkpoint.read(Path(result.checkpoint)), device, averaged=recipe.ema is not None)
+    on = f"sickbay train --out {shlex.quote(str(out))} --resume --steps {2 * recipe.steps}"
+    training = closing.Training(
+        ", ".join(Path(text).name for text in settings.texts),
+        result.steps,
+        recipe.batch_size * recipe.accumulation * config.context,
+        result.seconds,
+        result.tokens_per_second,
+        result.history,
+        [(f"sickbay generate {shlex.quote(result.checkpoint)}", "write more"), (on, "train on")],
+    )
+    card.show(
+        closing.close(
+            training,
+            model,
+            corpus.tokenizer,
+            corpus.train,
+            corpus.val,
+            corpus.bytes_per_token,
+            recipe.batch_size,
+            end_of_text=data.packed_by(corpus, settings.data),
+            evaluated=Evaluation(result.val_loss, result.val_error, result.val_tokens),
+        )
+    )
 
 
 def _asked(args: argparse.Namespace) -> tuple[Tables, tuple[str, ...]]:
