@@ -85,6 +85,13 @@ def next_token(logits_BV: Tensor, written_BT: Tensor, decoding: Decoding, unifor
         highest = logits_BV.max(dim=-1)
         demand_finite(highest.values)
         return highest.indices
+    scores_BC, ids_BC = shortened(logits_BV, written_BT, decoding)
+    chosen_B = draw(scores_BC, uniform_B)
+    return chosen_B if ids_BC is None else ids_BC.gather(1, chosen_B[:, None]).squeeze(1)
+
+
+def shortened(logits_BV: Tensor, written_BT: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor | None]:
+    """Scores `(B, C)` after all filters, at a temperature above 0, and their ids `(B, C)`, None = the vocabulary's in order."""
     ids_BC = None
     if decoding.top_k is not None and not decoding.looks_back:
         # The k highest first: the rest of the vocabulary is then neither converted nor sorted.
@@ -98,8 +105,7 @@ def next_token(logits_BV: Tensor, written_BT: Tensor, decoding: Decoding, unifor
         scores_BC = filters.keep_min_p(scores_BC, decoding.min_p)
     if decoding.typical_p is not None:
         scores_BC = filters.keep_typical(scores_BC, decoding.typical_p)
-    chosen_B = draw(scores_BC, uniform_B)
-    return chosen_B if ids_BC is None else ids_BC.gather(1, chosen_B[:, None]).squeeze(1)
+    return scores_BC, ids_BC
 
 
 def sharpen(scores_BV: Tensor, temperature: float) -> Tensor:
