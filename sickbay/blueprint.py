@@ -16,6 +16,7 @@ from typing import Any
 
 from sickbay.core.errors import UsageError
 from sickbay.core.plan import Parts
+from sickbay.core.shares import Weight
 
 # Published dimensions. GPT-2: Radford et al. 2019, table 2; Llama: Touvron et al. 2023 (arXiv 2302.13971), table 2.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,7 +47,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model's numbers. `embedding`: parameters of its embedding tables and of a head as wide; `parts`: of a step of `rows` x `length`."""
+    """A model's numbers. `embedding`: parameters of its embedding tables and of a head as wide; `parts`: of a step of `rows` x `length`.
+
+    `weights`: its parameters, tied ones once.
+    """
 
     name: str
     parameters: int
@@ -56,6 +60,7 @@ class Blueprint:
     width: int
     length: int
     parts: Parts
+    weights: tuple[Weight, ...] = ()
 
 
 def blueprint(target: str, rows: int, length: int, optimizer: str, dimensions: dict[str, int] | None = None) -> Blueprint:
@@ -129,6 +134,7 @@ def _measure(name: str, build: Callable[[], Any], rows: int, length: int, optimi
                 width,
                 length,
                 parts,
+                _weights_of(model),
             )
     except UsageError:
         raise
@@ -136,6 +142,17 @@ def _measure(name: str, build: Callable[[], Any], rows: int, length: int, optimi
         raise UsageError(
             f"{name}: the model cannot be built or run on shapes alone: {type(problem).__name__}: {problem}"[:400]
         ) from problem
+
+
+def _weights_of(model: Any) -> tuple[Weight, ...]:
+    """The model's parameters with the number of the block each is in."""
+    from sickbay.exams.footprint import blocks_of
+
+    block_of = {id(parameter): number for number, (_, block) in enumerate(blocks_of(model)) for parameter in block.parameters()}
+    return tuple(
+        Weight(tuple(parameter.shape), parameter.element_size(), block_of.get(id(parameter)), parameter.requires_grad)
+        for parameter in model.parameters()
+    )
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def main(kind: Parallel, folder: Path) -> None:
                     corpus, config, recipe, folder / "also-thrown-away", world, checkpoint.read(alone / "step-000003")
                 )
                 found[f"{name} {optimizer}"] = {key: vars(value) for key, value in told.items()}
-        found["held"] = held(config, dataclasses.replace(RECIPE, optimizer="adamw"), world)
+        plain = Config(dim=16, num_layers=2, num_heads=2, context=8, vocab_size=corpus.tokenizer.vocab_size)
+        found["held"] = held(plain, dataclasses.replace(RECIPE, optimizer="adamw"), world)
     (folder / f"{kind}-{world.rank}.json").write_text(json.dumps(found))
 
 

@@ -11,13 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import parallel_training
 import pytest
 import torch
 
+from sickbay.blueprint import blueprint
 from sickbay.core.errors import UsageError
+from sickbay.core.shares import share
 from sickbay.reference import checkpoint, shards
 from sickbay.reference.config import Config
 from sickbay.reference.model import Transformer
+from sickbay.reference.sources import shipped_text
 from sickbay.reference.world import World, rows_by_process, together
 
 KINDS = ("ddp", "fsdp", "tp")
@@ -104,6 +108,22 @@ def test_a_damaged_part_is_noticed(trained: tuple[str, Path, list[dict[str, Any]
         assert f"{part.name} has changed" in passed_over[0]
     finally:
         part.write_bytes(held)
+
+
+def test_the_plan_says_what_each_process_really_holds(trained: tuple[str, Path, list[dict[str, Any]]]) -> None:
+    kind, _, found = trained
+    config = parallel_training.CONFIGS["biased"]
+    vocabulary = len(set(shipped_text().read_text(encoding="utf-8")[:1500]))
+    dimensions = {"dim": config.dim, "layers": config.num_layers, "heads": config.num_heads, "context": config.context, "vocab": vocabulary}
+    plan = blueprint("", 2, 0, "adamw", dimensions)
+    planned = share(kind, plan.parts, plan.weights, processes=2, rows=4)
+    for held in found:
+        for what in ("weights", "gradients", "optimizer"):
+            # Where rows do not come out even the plan is for the process that holds most.
+            assert held["held"][what] == getattr(planned, what) or (
+                kind == "fsdp" and 0 < getattr(planned, what) - held["held"][what] < 300
+            )
+    assert max(held["held"]["weights"] for held in found) == planned.weights
 
 
 def test_the_command_speaks_once_and_generates_from_parts(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
     sickbay plan path/to/config.json --length 1024 --batch 16 --tokens 2e9
     sickbay plan mycode.models:build --batch 32 --length 256
     sickbay plan --dim 512 --layers 8 --vocab 32000 --memory 24GiB --batch-tokens 524288
+    sickbay plan llama-7b --batch 64 --processes 8 --parallel fsdp --memory 80GiB
     sickbay plan --tokens 5e6
 
 Bytes per part are those of one training step; the peak is the most that is alive at once. Activations are counted on tensors without
@@ -18,7 +19,7 @@ import json
 import re
 from typing import Any
 
-from sickbay.core import plan
+from sickbay.core import plan, shares
 from sickbay.core.errors import UsageError
 
 NAME = "plan"
@@ -54,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", default="", metavar="N", help="tokens of the data set, as 5e6")
     parser.add_argument("--batch-tokens", default="", metavar="N", help="tokens of an optimizer step, as 524288")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the data (default 1)")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="share the step between N processes, a GPU each")
+    parser.add_argument("--parallel", default="", choices=shares.KINDS, help="how: ddp, fsdp or tp (all three)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -62,9 +65,11 @@ def main(args: argparse.Namespace) -> int:
     tokens = _number("--tokens", args.tokens)
     batch_tokens = int(_number("--batch-tokens", args.batch_tokens))
     limit = _size(args.memory)
-    for name in ("batch", "length"):
+    for name in ("batch", "length", "processes"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.parallel and not args.processes:
+        raise UsageError(f"--parallel {args.parallel} needs --processes N beside it")
     if args.epochs <= 0:
         raise UsageError(f"--epochs is {args.epochs}; it must be above 0")
     given = {name: getattr(args, name) for name in DIMENSIONS if getattr(args, name) is not None}
@@ -76,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("nothing to plan: give a model (preset, config, module:function, --dim ...) or --tokens")
     result: dict[str, Any] = {}
     if given or args.target:
-        result["model"], result["step"], result["fits"] = _model(args, given, limit, batch_tokens)
+        result["model"], result["step"], result["fits"], result["shares"] = _model(args, given, limit, batch_tokens)
     if tokens:
         result["data"] = _data(tokens, result.get("model"))
     if tokens and "model" in result:
@@ -88,7 +93,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace, given: dict[str, int], limit: float, batch_tokens: int) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def _model(
+    args: argparse.Namespace, given: dict[str, int], limit: float, batch_tokens: int
+) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
     from sickbay.blueprint import blueprint
 
     rows = args.batch or DEFAULT_BATCH
@@ -120,10 +127,14 @@ def _model(args: argparse.Namespace, given: dict[str, int], limit: float, batch_
         "checkpoint_every": every,
         "peak_checkpointed": parts.checkpointed(every).peak if every else parts.peak,
     }
+    kinds = [args.parallel] if args.parallel else list(shares.KINDS)
+    held = (
+        [dataclasses.asdict(shares.share(kind, parts, found.weights, args.processes, rows)) for kind in kinds] if args.processes else None
+    )
     if not limit:
-        return model, step, None
+        return model, step, None, held
     ways = [dataclasses.asdict(way) | {"text": str(way)} for way in plan.fits(parts, batch, limit)]
-    return model, step, {"memory": limit, "batch": batch, "ways": ways}
+    return model, step, {"memory": limit, "batch": batch, "ways": ways}, held
 
 
 def _data(tokens: float, model: dict[str, Any] | None) -> dict[str, Any]:
@@ -168,6 +179,8 @@ def _lines(result: dict[str, Any], limit: float) -> list[str]:
             lines += [
                 f"  {'':<12} {plan.gibibytes(step['peak_checkpointed']):>11} with checkpointing every {step['checkpoint_every']} blocks"
             ]
+    if result.get("shares"):
+        lines += ["", *_share_lines(result["shares"], limit)]
     fits = result.get("fits")
     if fits:
         ways = [f"  {way['text']}" for way in fits["ways"]]
@@ -181,6 +194,15 @@ def _lines(result: dict[str, Any], limit: float) -> list[str]:
         lines += ["", f"schedule: {made['steps']:,} steps of {made['step_tokens']:,} tokens, {made['flops']:.1e} FLOP"]
         lines += [f"  linear warm-up over {made['warmup']} steps, cosine to {made['floor']:.1e}, clamped there ({rates})"]
         lines += ["  the peak is a first guess by size: a range test settles it"]
+    return lines
+
+
+def _share_lines(held: list[dict[str, Any]], limit: float) -> list[str]:
+    columns = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", "peak")
+    lines = [f"on each of {held[0]['processes']} processes", f"  {'':<5}{'rows':>6}" + "".join(f"{name:>12}" for name in columns)]
+    for one in held:
+        over = "  too much" if limit and one["peak"] > limit * plan.HEADROOM else ""
+        lines += [f"  {one['kind']:<5}{one['rows']:>6}" + "".join(f"{plan.gibibytes(one[name]):>12}" for name in columns) + over]
     return lines
 
 
