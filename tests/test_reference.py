@@ -127,6 +127,10 @@ def test_tying_shares_the_memory() -> None:
         ({"positions": "alibi"}, ["positions", "learned, rotary"]),
         ({"activation": "tanh"}, ["activation", "gelu, gelu_tanh, swiglu, relu, relu2"]),
         ({"tied_embeddings": 1}, ["tied_embeddings", "True or False"]),
+        ({"init": "zeros"}, ["init", "zeros", "gpt2, xavier"]),
+        ({"rotary_base": 1.0}, ["rotary_base", "1.0", "above 1"]),
+        ({"rotary_factor": 0.5}, ["rotary_factor", "0.5", "at least 1"]),
+        ({"norm_eps": 0.0}, ["norm_eps", "0.0", "above 0"]),
         ({"pad_id": 11}, ["pad_id", "11", "0 to 10"]),
     ],
 )

@@ -57,6 +57,20 @@ def difference(ours: Transformer, their_model: Any) -> float:
         return float((ours(ids_of()) - logits).abs().max())
 
 
+# Waves of eight pairs are 6 to 1,000 positions long: some are kept, some stretched, some between.
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 300.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 100,
+}
+    "rope_type": "llama3",
+    "rope_theta": 300.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 100,
+}
 VARIANTS = [
     ("gpt2", {}),
     ("gpt2", {"activation_function": "gelu", "n_inner": 40, "layer_norm_epsilon": 1e-3}),
@@ -66,6 +80,7 @@ VARIANTS = [
     ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3}),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("llama", {"hidden_size": 64, "rope_parameters": {**LLAMA3, "factor": 8.0}}),
 ]
 ALL = pytest.mark.parametrize(
     ("kind", "changes"), VARIANTS, ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain"
@@ -207,7 +222,9 @@ def test_the_tokenizer_comes_along_both_ways(tmp_path: Path) -> None:
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ("llama", {"head_dim": 16}, ["head_dim", "16", "8"]),
         ("llama", {"mlp_bias": True}, ["mlp_bias", "True"]),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_parameters", "llama3", "default"]),
+        ("llama", {"rope_parameters": {**LLAMA3, "factor": 8.0, "low_freq_factor": 2.0}}, ["rope_parameters", "low_freq_factor 1.0"]),
+        ("llama", {"rope_parameters": {**LLAMA3, "factor": 0.5}}, ["rotary_factor", "0.5", "at least 1"]),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, ["rope_parameters", "yarn", "default"]),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear"]),
         ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ("llama", {"num_attention_heads": 0}, ["num_attention_heads", "0"]),
@@ -222,6 +239,15 @@ def test_what_a_checkpoint_has_beyond_this_model_is_refused_by_name(
     with pytest.raises(UsageError) as refusal:
         pretrained.load(tmp_path)
     assert all(word in str(refusal.value) for word in [str(tmp_path), *words]), refusal.value
+
+
+def test_stretched_waves_matter(tmp_path: Path) -> None:
+    model = theirs("llama", hidden_size=64, rope_parameters={**LLAMA3, "factor": 8.0})
+    model.save_pretrained(tmp_path)
+    ours, _ = pretrained.load(tmp_path)
+    assert (ours.config.rotary_factor, ours.config.rotary_context) == (8.0, 100)
+    ours.config = dataclasses.replace(ours.config, rotary_factor=None)
+    assert difference(ours, model) > 0.01
 
 
 def test_old_fields_of_the_rotary_base_are_read(tmp_path: Path) -> None:

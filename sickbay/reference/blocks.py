@@ -7,6 +7,7 @@ Letters after the last underscore of a name are its shape:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional
 
 from sickbay.reference.cache import LayerCache
 from sickbay.reference.config import Config
+
+SLOW_TURNS, FAST_TURNS = 1.0, 4.0  # low_freq_factor and high_freq_factor of every Llama 3.1 to 3.3
 
 Rotation = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
@@ -137,17 +140,30 @@ def make_norm(config: Config) -> nn.Module:
     return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
 
 
-def rotation_at(positions: Tensor, head_dim: int, base: float) -> Rotation:
+def rotation_at(positions: Tensor, config: Config) -> Rotation:
     """Cosine and signed sine, for `rotate`, of the rotary angles at `positions` (Su et al. 2021, section 3.2.2).
 
     `(T, K)` or `(B, 1, T, K)` in float32, the second half as the first but for the sine's sign.
     """
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rotary_base ** (-pairs / config.head_dim)
+    if config.rotary_factor is not None:
+        frequency = stretched(frequency, config.rotary_factor, config.rotary_context)
     angle = positions[..., None].float() * frequency
     if angle.dim() == 3:
         angle = angle[:, None]
     cosine, sine = angle.cos(), angle.sin()
     return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
+
+
+def stretched(frequency: Tensor, factor: float, context: int) -> Tensor:
+    """Waves that turn less than once in `context` `factor` times as long, those that turn four times as they were, in between a mean.
+
+    Angles in a longer context are then such as the model has seen. Llama 3.1's code, which uses the same once and four times.
+    """
+    turns = context * frequency / (2 * math.pi)
+    kept = ((turns - SLOW_TURNS) / (FAST_TURNS - SLOW_TURNS)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def rotate(x_BHTK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

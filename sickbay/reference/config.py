@@ -31,6 +31,8 @@ class Config:
     `norm_eps`: added to the variance.
     `positions`: how they are told: turning queries and keys (Su et al. 2021), or a learned vector each.
     `rotary_base`: the longest wavelength of rotary positions is 2 pi times this, in positions.
+    `rotary_factor`: waves longer than `rotary_context` become this many times as long (Llama 3.1: Grattafiori et al. 2024); none = not.
+    `rotary_context`: the context a model was first trained on, before its waves were stretched.
     `activation`: of the feed-forward part; gelu_tanh is GPT-2's approximation (Hendrycks & Gimpel 2016), relu2 is squared (So et al. 2021).
     `bias`: linear layers and norms have one.
     `qk_norm`: queries and keys of each head are normalised (Henry et al. 2020).
@@ -54,6 +56,8 @@ class Config:
     norm_eps: float = 1e-5
     positions: Positions = "rotary"
     rotary_base: float = 10_000.0
+    rotary_factor: float | None = None
+    rotary_context: int = 8192
     activation: Activation = "gelu"
     bias: bool = False
     qk_norm: bool = False
@@ -64,7 +68,7 @@ class Config:
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("dim", "num_layers", "num_heads", "vocab_size", "context"):
+        for field in ("dim", "num_layers", "num_heads", "vocab_size", "context", "rotary_context"):
             demand(field, getattr(self, field), is_count(getattr(self, field)), "an integer of at least 1")
         demand("ffn_dim", self.ffn_dim, self.ffn_dim is None or is_count(self.ffn_dim), "None (4 x dim) or an integer of at least 1")
         divides = self.dim % self.num_heads == 0
@@ -78,6 +82,8 @@ class Config:
         for field, kind in choices.items():
             demand(field, getattr(self, field), getattr(self, field) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         demand("rotary_base", self.rotary_base, is_number(self.rotary_base) and self.rotary_base > 1, "above 1 and finite")
+        stretched = self.rotary_factor is None or (is_number(self.rotary_factor) and self.rotary_factor >= 1)
+        demand("rotary_factor", self.rotary_factor, stretched, "None or at least 1")
         demand("norm_eps", self.norm_eps, is_number(self.norm_eps) and 0 < self.norm_eps < 1, "above 0 and below 1")
         capped = self.logit_softcap is None or (is_number(self.logit_softcap) and self.logit_softcap > 0)
         demand("logit_softcap", self.logit_softcap, capped, "None or above 0 and finite")

@@ -168,7 +168,7 @@ class EncoderDecoder(nn.Module):
         if self.decoder.position_embedding is not None:
             x_BTD = x_BTD + self.decoder.position_embedding(positions)
         else:
-            rotation = rotation_at(positions, config.head_dim, config.rotary_base)
+            rotation = rotation_at(positions, config)
         x_BTD = self.decoder.dropout(x_BTD)
         caches = [None] * config.num_layers if cache is None else cache.layers
         for block, source, layer in zip(self.decoder.blocks, memory.keys_values, caches):

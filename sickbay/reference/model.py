@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions)
         else:
-            rotation = rotation_at(positions, self.config.head_dim, self.config.rotary_base)
+            rotation = rotation_at(positions, self.config)
         x_BTD = self.dropout(x_BTD)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
         x_BTD = self.through(list(self.blocks), x_BTD, visible_B1TS, rotation, caches)

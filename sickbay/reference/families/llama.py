@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sickbay.core.errors import UsageError
+from sickbay.reference.blocks import FAST_TURNS, SLOW_TURNS
 from sickbay.reference.config import Config
 from sickbay.reference.families.family import Family, Fields, Weight, count, demand_only
 
@@ -27,22 +28,45 @@ def read(fields: Fields) -> Config:
         norm="rmsnorm",
         norm_eps=fields.get("rms_norm_eps", 1e-6),
         positions="rotary",
-        rotary_base=rotary_base(fields),
+        **rotary(fields),
         activation="swiglu",
         bias=bias,
         tied_embeddings=fields.get("tie_word_embeddings", False),
     )
 
 
-def rotary_base(fields: Fields) -> float:
-    """The base, wherever this version of transformers put it. Raises UsageError for angles that are stretched or partial."""
-    rotary = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
-    if kind != "default" or rotary.get("partial_rotary_factor", 1.0) != 1.0:
-        name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-        raise UsageError(f"{name} is {rotary!r}; this model can do rope_type 'default' over whole heads only")
-    base = rotary.get("rope_theta") or fields.get("rope_theta") or 10_000.0
-    return float(base)
+def rotary(fields: Fields) -> dict[str, Any]:
+    """Our rotary fields, wherever this version of transformers put theirs. Raises UsageError for angles that this model cannot do."""
+    place = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    theirs = fields.get(place) or {}
+    base = theirs.get("rope_theta") or fields.get("rope_theta") or 10_000.0
+    kind = theirs.get("rope_type", theirs.get("type", "default"))
+    if theirs.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(f"{place} is {theirs!r}; this model turns whole heads only")
+    if kind == "default":
+        return {"rotary_base": float(base)}
+    turns = (theirs.get("low_freq_factor"), theirs.get("high_freq_factor"))
+    if kind != "llama3" or turns != (SLOW_TURNS, FAST_TURNS):
+        can = f"rope_type 'default', or 'llama3' with low_freq_factor {SLOW_TURNS} and high_freq_factor {FAST_TURNS}"
+        raise UsageError(f"{place} is {theirs!r}; this model can do {can} only")
+    return {
+        "rotary_base": float(base),
+        "rotary_factor": theirs.get("factor"),
+        "rotary_context": count(theirs, "original_max_position_embeddings"),
+    }
+
+
+def rope_parameters(config: Config) -> dict[str, Any]:
+    if config.rotary_factor is None:
+        return {"rope_type": "default", "rope_theta": config.rotary_base}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": config.rotary_base,
+        "factor": config.rotary_factor,
+        "low_freq_factor": SLOW_TURNS,
+        "high_freq_factor": FAST_TURNS,
+        "original_max_position_embeddings": config.rotary_context,
+    }
 
 
 def write(config: Config) -> dict[str, Any]:
@@ -56,9 +80,10 @@ def write(config: Config) -> dict[str, Any]:
         "max_position_embeddings": config.context,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        # Twice: transformers reads the first since version 5, and the second before.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        # Twice: transformers reads the first since version 5, and the others before.
+        "rope_parameters": rope_parameters(config),
         "rope_theta": config.rotary_base,
+        "rope_scaling": None if config.rotary_factor is None else rope_parameters(config),
         "attention_bias": config.bias,
         "mlp_bias": config.bias,
         "attention_dropout": config.dropout,
