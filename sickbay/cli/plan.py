@@ -93,9 +93,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(
-    args: argparse.Namespace, given: dict[str, int], limit: float, batch_tokens: int
-) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
+def _model(args: argparse.Namespace, given: dict[str, int], limit: float, batch_tokens: int) -> tuple[Any, Any, Any, Any]:
     from sickbay.blueprint import blueprint
 
     rows = args.batch or DEFAULT_BATCH
@@ -128,9 +126,9 @@ def _model(
         "peak_checkpointed": parts.checkpointed(every).peak if every else parts.peak,
     }
     kinds = [args.parallel] if args.parallel else list(shares.KINDS)
-    held = (
-        [dataclasses.asdict(shares.share(kind, parts, found.weights, args.processes, rows)) for kind in kinds] if args.processes else None
-    )
+    held = None
+    if args.processes:
+        held = [dataclasses.asdict(shares.share(kind, parts, found.weights, args.processes, rows)) for kind in kinds]
     if not limit:
         return model, step, None, held
     ways = [dataclasses.asdict(way) | {"text": str(way)} for way in plan.fits(parts, batch, limit)]
