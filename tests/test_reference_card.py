@@ -1,0 +1,53 @@
+"""`sickbay train` ends with the card of what it trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from sickbay.cli import train as command
+from sickbay.reference import data
+
+SHAPE = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2")
+
+
+def run(*words: str | Path) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.main(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(data.shipped_text().read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return path
+
+
+def test_the_run_ends_with_its_card_and_the_commands_to_go_on(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "my run"
+    assert run(text, "--out", out, *SHAPE, "--steps", "10", "--eval-every", "2") == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert len(lines) <= 30
+    assert lines[0] == "sickbay train  text.txt"
+    assert "10 steps of 64 tokens" in lines[1]
+    assert "over 399, perplexity" in said  # each token of the validation part but the first
+    assert "train longer?  yes: the validation loss still falls" in said
+    assert f"sickbay generate '{out}/step-000010'   # write more" in lines
+    assert f"sickbay train --out '{out}' --resume --steps 20   # train on" in lines
+
+    assert run("--out", out, "--resume", "--steps", "12") == 0
+    # At the last step the whole validation part is evaluated instead.
+    assert "not known: 0 evaluations under way" in capsys.readouterr().out
+
+
+def test_as_json_the_history_and_the_noise_are_there(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(text, "--out", tmp_path / "run", *SHAPE, "--steps", "6", "--eval-every", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [step for step, _ in found["history"]] == [2, 4]
+    assert found["val_tokens"] == 399
+    assert 0 < found["val_error"] < found["val_loss"]
