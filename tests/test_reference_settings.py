@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,50 @@ def test_flags_and_fields_are_the_same_settings() -> None:
         "model": {"bias": False},
         "recipe": {"learning_rate": 2.0, "clip": None},
     }
+
+
+def test_a_run_starts_from_another_s_weights_and_trains_what_it_may(tmp_path: Path, text: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    call(text, "--out", first, *SMALL, "--steps", "2")
+    # A learning rate of next to nothing: what is not the first run's weights would be a fresh start.
+    call(text, "--out", second, "--from-pretrained", first, "--freeze", "token_embedding, *norm*", "--steps", "1", "--lr", "1e-12")
+    before, after = weights(first), weights(second)
+    assert settings.read(second / "config.toml")[0]["model"]["dim"] == 16
+    for name, weight in before.items():
+        frozen = "embedding" in name or "norm" in name
+        assert torch.equal(weight, after[name]) if frozen else torch.allclose(weight, after[name], atol=1e-9), name
+
+
+def test_adapters_are_trained_alone_saved_resumed_and_merged(tmp_path: Path, text: Path) -> None:
+    first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
+    call(text, "--out", first, *SMALL, "--steps", "2")
+    words = ("--from-pretrained", first, "--lora-rank", "2", "--lr", "0.01", "--eval-every", "0", "--warmup", "0", "--schedule", "constant")
+    call(text, "--out", whole, *words, "--steps", "4")
+    call(text, "--out", second, *words, "--steps", "2")
+    call("--out", second, "--resume", "--steps", "4")
+    before, adapted, unbroken = weights(first), weights(second), weights(whole)
+    assert all(torch.equal(adapted[name], unbroken[name]) for name in adapted)
+    assert all(torch.equal(before[name], adapted[name]) for name in before)
+    b = adapted["blocks.0.attention.output.lora_b"]
+    assert b.abs().sum() > 0
+    merged = checkpoint.load_weights(checkpoint.read(second))
+    expected = before["blocks.0.attention.output.weight"] + b @ adapted["blocks.0.attention.output.lora_a"] * 8
+    torch.testing.assert_close(merged.blocks[0].attention.output.weight.detach(), expected)
+
+
+def test_a_start_that_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path, text: Path) -> None:
+    first, out = tmp_path / "first", tmp_path / "out"
+    call(text, "--out", first, *SMALL, "--steps", "1", "--positions", "learned")
+    assert "dim is 16" in refusal(text, "--out", out, "--from-pretrained", first, "--dim", "32")
+    assert "learned positions up to 16" in refusal(text, "--out", out, "--from-pretrained", first, "--context", "32")
+    assert "absent" in refusal(text, "--out", out, "--from-pretrained", tmp_path / "absent")
+    assert "no parameter is called 'nothing'" in refusal(text, "--out", out, *SMALL, "--freeze", "nothing")
+    assert "lora rank is 99" in refusal(text, "--out", out, *SMALL, "--lora-rank", "99")
+    assert "C++ compiler" in with_no_compiler(lambda: refusal(text, "--out", out, *SMALL, "--compile"))
+    assert not out.exists()
+
+
+def with_no_compiler(work: Callable[[], str]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        return work()

@@ -91,17 +91,22 @@ def main(args: argparse.Namespace) -> int:
             if world.first:
                 out.mkdir(parents=True, exist_ok=True)
                 settings_of.write(settings, out / settings_of.FILE)
-            result = train.train(
-                corpus,
-                settings.model,
-                settings.recipe,
-                out,
-                texts=settings.data,
-                resume=earlier,
-                device=world.device,
-                watch=args.watch,
-                world=world,
-            )
+            try:
+                result = train.train(
+                    corpus,
+                    settings.model,
+                    settings.recipe,
+                    out,
+                    texts=settings.data,
+                    resume=earlier,
+                    device=world.device,
+                    watch=args.watch,
+                    world=world,
+                )
+            except (UsageError, ValueError):  # refused before the first step
+                if world.first and earlier is None:
+                    _forget(out)
+                raise
     except ValueError as problem:
         raise UsageError(str(problem)) from problem
     except OSError as problem:
@@ -233,6 +238,15 @@ def _corpus(settings: Settings, out: Path, earlier: State | None) -> Corpus:
     finally:
         with contextlib.suppress(OSError):
             out.rmdir()  # only where it is empty
+
+
+def _forget(out: Path) -> None:
+    """The folder of a run that never began is as it was."""
+    from sickbay.reference.settings import FILE
+
+    (out / FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        out.rmdir()  # only where it is empty
 
 
 def _shaped_as_trained(settings: Settings, asked: Tables) -> Settings:
