@@ -85,11 +85,6 @@ def shuffled_batches(
             yield windows(tokens, starts_B, context, end_of_text)
 
 
-def epochs_of(steps: int, rows_per_step: int, tokens: Tokens, context: int) -> float:
-    """How often `steps` of `rows_per_step` windows go through `tokens`."""
-    return steps * rows_per_step * context / max(1, len(tokens) - 1)
-
-
 def spread_batches(
     tokens: Tokens,
     context: int,

@@ -15,7 +15,6 @@ from sickbay.reference.batches import (
     Batch,
     Tokens,
     demand_length,
-    epochs_of,
     random_batches,
     shuffled_batches,
     split,
@@ -27,7 +26,6 @@ from sickbay.reference.data_settings import DataSettings
 from sickbay.reference.packing import documents_of, within_documents
 from sickbay.reference.sources import fingerprint, shipped_text
 from sickbay.reference.tokenizer import CharTokenizer
-from sickbay.reference.tokens import open_tokens
 
 __all__ = [
     "Batch",
@@ -37,9 +35,7 @@ __all__ = [
     "Tokens",
     "demand_length",
     "documents_of",
-    "epochs_of",
     "fingerprint",
-    "open_tokens",
     "packed_by",
     "prepare",
     "random_batches",
