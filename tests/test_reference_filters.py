@@ -109,6 +109,18 @@ def test_top_p_and_typical_of_one_are_no_filters_and_tiny_ones_keep_one_token() 
     assert filters.keep_min_p(scores, 1.0)[0].isfinite().tolist() == [False, True, False, False]
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_a_large_vocabulary_is_cut_as_a_small_one_whether_few_tokens_hold_the_mass_or_many(spread: float) -> None:
+    scores = log_probabilities(torch.randn(3, 4 * filters.FEW, generator=torch.Generator().manual_seed(0)) * spread)
+    kept = filters.keep_top_p(scores, 0.6).isfinite()
+    assert (kept.sum(dim=-1) > filters.FEW).all() if spread < 1 else (kept.sum(dim=-1) < filters.FEW).all()
+    for row, probabilities in zip(kept, scores.exp()):
+        ordered = probabilities.sort(descending=True).values
+        fewest = int((ordered.cumsum(0) < 0.6).sum()) + 1
+        assert int(row.sum()) == fewest
+        assert probabilities[row].min() == ordered[fewest - 1]
+
+
 def test_equal_tokens_are_kept_in_their_order_until_the_mass_is_there() -> None:
     even = torch.zeros(1, 4, dtype=torch.float64)
     assert filters.keep_top_p(even, 0.5)[0].isfinite().tolist() == [True, True, False, False]

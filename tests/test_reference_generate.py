@@ -152,9 +152,16 @@ def test_ids_beyond_the_tokenizers_are_never_chosen() -> None:
 
 
 @pytest.mark.parametrize("prompts", [[], [torch.tensor([1]), torch.zeros(0, dtype=torch.long)]])
-def test_nothing_to_go_on_from_is_refused(prompts: list[Tensor]) -> None:
+def test_nothing_to_go_on_from_is_refused_and_leaves_the_model_as_it_was(prompts: list[Tensor]) -> None:
+    model = transformer().train()
     with pytest.raises(ValueError, match="at least one token"):
-        next(generate(transformer(), prompts, 3, Decoding()))
+        next(generate(model, prompts, 3, Decoding()))
+    assert model.training
+
+
+def test_the_caches_buffers_are_no_larger_than_what_will_be_written() -> None:
+    reader = Reader(transformer(context=4096), [ids_of(1, 3)[0], ids_of(1, 5)[0]], 7)
+    assert reader._cache.layers[0].keys_BGSK.shape[2] == 12
 
 
 @pytest.mark.parametrize("shape", ["plain", "grouped"])

@@ -14,7 +14,7 @@ from sickbay.reference.config import Config
 
 
 class LayerCache:
-    """One layer's buffers `(B, G, context, K)`; the first `length` positions are filled."""
+    """One layer's buffers `(B, G, positions, K)`; the first `length` positions are filled."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys_BGSK, self.values_BGSK = keys, values
@@ -43,8 +43,8 @@ class LayerCache:
 class Cache:
     """The buffers of all layers for `rows` sequences, and which of their positions hold a token.
 
-    `dtype` and `device` are those of the model's activations. `padding`: how many positions on the left of each row hold
-    nothing, so that rows of different length end together.
+    `dtype` and `device` are those of the model's activations. `positions`: most that a row will hold, None = the context.
+    `padding`: how many positions on the left of each row hold nothing, so that rows of different length end together.
     """
 
     def __init__(
@@ -54,14 +54,16 @@ class Cache:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        positions: int | None = None,
         padding: Sequence[int] | None = None,
     ) -> None:
-        shape = (rows, config.kv_heads, config.context, config.head_dim)
+        positions = config.context if positions is None else min(positions, config.context)
+        shape = (rows, config.kv_heads, positions, config.head_dim)
         self.layers = [
             LayerCache(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
             for _ in range(config.num_layers)
         ]
-        self._order_S = torch.arange(config.context, device=device)
+        self._order_S = torch.arange(positions, device=device)
         self.clear(padding if padding is not None else [0] * rows)
 
     @property

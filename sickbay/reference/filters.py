@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+FEW = 1024  # tokens
+
 
 def count(written_BT: Tensor, vocab_size: int) -> Tensor:
     """How often each token stands in each row `(B, V)` int64; -1 is padding and not counted."""
@@ -56,7 +58,14 @@ def likeliest(scores_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def keep_top_p(scores_BV: Tensor, mass: float) -> Tensor:
     """Scores of the fewest likeliest tokens that together have probability `mass` (Holtzman et al. 2020); all at 1."""
-    return scores_BV if mass >= 1 else _keep_first(scores_BV, scores_BV.argsort(dim=-1, descending=True, stable=True), mass)
+    if mass >= 1:
+        return scores_BV
+    if scores_BV.shape[-1] > FEW:
+        # To sort a large vocabulary takes longer than all other filters together, and mostly a few tokens hold the mass.
+        highest = scores_BV.double().softmax(dim=-1).topk(FEW, dim=-1)
+        if bool((highest.values.sum(dim=-1) >= mass).all()):
+            return _keep_first(scores_BV, highest.indices, mass)
+    return _keep_first(scores_BV, scores_BV.argsort(dim=-1, descending=True, stable=True), mass)
 
 
 def keep_min_p(scores_BV: Tensor, share: float) -> Tensor:
@@ -74,10 +83,10 @@ def keep_typical(scores_BV: Tensor, mass: float) -> Tensor:
     return _keep_first(scores_BV, (information_BV - entropy_B1).abs().argsort(dim=-1, stable=True), mass)
 
 
-def _keep_first(scores_BV: Tensor, order_BV: Tensor, mass: float) -> Tensor:
-    """Scores of the first tokens in `order_BV` that together have probability `mass`."""
-    ordered_BV = scores_BV.gather(-1, order_BV)
-    probabilities_BV = ordered_BV.double().softmax(dim=-1)
+def _keep_first(scores_BV: Tensor, order_BC: Tensor, mass: float) -> Tensor:
+    """Scores of the first tokens in `order_BC` that together have probability `mass`."""
+    probabilities_BC = scores_BV.double().softmax(dim=-1).gather(-1, order_BC)
     # A token stays while those before it fall short of the mass; before the first there is exactly 0, so it always stays.
-    short_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV < mass
-    return torch.full_like(scores_BV, -math.inf).scatter_(-1, order_BV, ordered_BV.masked_fill(~short_BV, -math.inf))
+    short_BC = probabilities_BC.cumsum(dim=-1) - probabilities_BC < mass
+    kept_BC = scores_BV.gather(-1, order_BC).masked_fill(~short_BC, -math.inf)
+    return torch.full_like(scores_BV, -math.inf).scatter_(-1, order_BC, kept_BC)

@@ -21,11 +21,11 @@ def generate(
     its own with that seed. What a row sees of a text longer than the context: see Reader. `vocab_size`: ids from it on are never chosen
     (a model's vocabulary may be rounded up). The model is in evaluation mode until the iterator ends or is closed. Raises ValueError.
     """
-    was_training = model.training
-    model.eval()
     reader = Reader(model, list(prompts), count)
     uniform_TB = torch.stack([uniforms(seed + row, count) for row in range(len(prompts))], dim=1).to(reader.device)
     chosen_B: Tensor | None = None
+    was_training = model.training
+    model.eval()
     try:
         for uniform_B in uniform_TB:
             # Not around the yield: what the caller does between two tokens is not ours to change.
@@ -46,12 +46,14 @@ def generate_plainly(model: LanguageModel, prompt_T: Tensor, count: int, decodin
     was_training, context = model.training, model.config.context
     model.eval()
     ids_T, first = prompt_T, max(0, len(prompt_T) - context)
-    for uniform in uniforms(seed, count).to(prompt_T.device):
-        if len(ids_T) - first > context:
-            first = len(ids_T) - max(1, context // 2)
-        logits_1V = model(ids_T[None, first:])[:, -1]
-        ids_T = torch.cat((ids_T, next_token(logits_1V, ids_T[None], decoding, uniform[None])))
-    model.train(was_training)
+    try:
+        for uniform in uniforms(seed, count).to(prompt_T.device):
+            if len(ids_T) - first > context:
+                first = len(ids_T) - max(1, context // 2)
+            logits_1V = model(ids_T[None, first:])[:, -1]
+            ids_T = torch.cat((ids_T, next_token(logits_1V, ids_T[None], decoding, uniform[None])))
+    finally:
+        model.train(was_training)
     return ids_T[len(prompt_T) :]
 
 

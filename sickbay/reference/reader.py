@@ -36,7 +36,8 @@ class Reader:
             ids_T[self._end - len(prompt) : self._end] = prompt
         # The column from which on each row is read.
         self._first = [max(self._end - len(prompt), self._end - self._context) for prompt in prompts]
-        self._cache = Cache(model.config, len(prompts), device=self.device, dtype=model.token_embedding.weight.dtype)
+        most, dtype = self._ids_BT.shape[1], model.token_embedding.weight.dtype
+        self._cache = Cache(model.config, len(prompts), device=self.device, dtype=dtype, positions=most)
 
     @property
     def written_BT(self) -> Tensor:
