@@ -69,7 +69,8 @@ def writer(name: str, size: str, nanogpt: Path | None) -> Callable[[int], None]:
     settings = GPT2Config(
         vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=0, eos_token_id=None
     )
-    model = GPT2LMHeadModel(settings).eval()
+    model: Any = GPT2LMHeadModel(settings)
+    model.eval()
     ids = torch.zeros(1, 1, dtype=torch.int64)
 
     def write(tokens: int) -> None:

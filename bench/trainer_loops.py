@@ -30,6 +30,7 @@ from sickbay.reference.evaluation import evaluate
 from sickbay.reference.flops import training_flops_per_token
 from sickbay.reference.machine import processor
 from sickbay.reference.model import Transformer
+from sickbay.reference.presets import PRESETS
 from sickbay.reference.recipe import Recipe
 from sickbay.reference.sources import shipped_text
 from sickbay.reference.tokenizer import CharTokenizer
@@ -52,6 +53,7 @@ SHAPES = {"tiny": Shape(4, 4, 128, 64, 12), "small": Shape(6, 6, 384, 256, 4)}
 GPT: dict[str, Any] = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": False}
 README = Recipe()
 MODERN: dict[str, Any] = {"norm": "rmsnorm", "positions": "rotary", "activation": "relu2", "qk_norm": True, "zero_outputs": True}
+BEST = PRESETS["best"]
 LINEAR: dict[str, Any] = {"schedule": "linear", "min_learning_rate": 0.0, "warmup": 40, "weight_decay": 0.0, "beta2": 0.95}
 
 
@@ -73,7 +75,7 @@ SETTINGS = {
     "modern": Setting(
         "+ RMSNorm, rotary, QK-norm, ReLU squared, zero outputs", MODERN, {**LINEAR, "learning_rate": 4e-3}, order="shuffled"
     ),
-    "best": Setting("+ Muon", MODERN, {**LINEAR, "learning_rate": 3e-3, "optimizer": "muon"}, order="shuffled"),
+    "best": Setting("+ Muon (the preset best)", BEST["model"], BEST["recipe"], order=BEST["data"]["order"]),
 }
 LOOPS = ("nanogpt", "transformers", *SETTINGS)
 
