@@ -87,12 +87,11 @@ def main(args: argparse.Namespace) -> int:
                 if earlier is None and settings.recipe.from_pretrained is not None:
                     settings = _shaped_as_trained(settings, asked)
                 corpus = _corpus(settings, out, earlier)
-            settings = _with_vocabulary(settings, asked, corpus) if earlier is None else settings
-            if world.first:
-                out.mkdir(parents=True, exist_ok=True)
-                settings_of.write(settings, out / settings_of.FILE)
-            try:
-                result = train.train(
+                settings = _with_vocabulary(settings, asked, corpus) if earlier is None else settings
+                if world.first:
+                    out.mkdir(parents=True, exist_ok=True)
+                    settings_of.write(settings, out / settings_of.FILE)
+            result = train.train(
                     corpus,
                     settings.model,
                     settings.recipe,

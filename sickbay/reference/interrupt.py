@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 1.0  # seconds: a Ctrl-C reaches every process, and torchrun passes it on once more
 
 
 class Stopped(Exception):
@@ -34,14 +36,23 @@ class Request:
 
 @contextmanager
 def on_request(speaks: bool = True) -> Iterator[Request]:
-    """Until the end of the block SIGINT and SIGTERM are noted, not obeyed; a second one acts as it did before. `speaks`: on stderr."""
+    """Until the end of the block SIGINT and SIGTERM are noted, not obeyed; one more, GRACE seconds later, acts as it did before.
+
+    `speaks`: say so on stderr.
+    """
     request = Request()
+    noted_at = 0.0
     before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal = number
-        for known, handler in before.items():
-            signal.signal(known, handler)
+        nonlocal noted_at
+        if request.signal:
+            if time.monotonic() - noted_at >= GRACE:
+                for known, handler in before.items():
+                    signal.signal(known, handler)
+                signal.raise_signal(number)
+            return
+        request.signal, noted_at = number, time.monotonic()
         if speaks:
             name = signal.Signals(number).name
             print(f"\n{name}: ending after this step, with a checkpoint; once more ends at once", file=sys.stderr, flush=True)
