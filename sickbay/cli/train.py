@@ -91,7 +91,8 @@ def main(args: argparse.Namespace) -> int:
                 if world.first:
                     out.mkdir(parents=True, exist_ok=True)
                     settings_of.write(settings, out / settings_of.FILE)
-            result = train.train(
+            try:
+                result = train.train(
                     corpus,
                     settings.model,
                     settings.recipe,
