@@ -21,6 +21,7 @@ from sickbay.exams.asking import Asking
 from sickbay.exams.fork import NoAnswer, can_fork
 from sickbay.exams.nonfinite import Finding
 from sickbay.exams.stretch import Stretch
+from sickbay.exams.ungraded import Ungraded
 from sickbay.patient import Patient, is_user_file
 from sickbay.probes import loss_lines
 from sickbay.probes.gradients import clean, parameter_names
@@ -78,6 +79,7 @@ class Examiner:
         self._functional = Asked()
         self._lines = loss_lines.LossLines(told=self._operation)
         self._stretch = Stretch(self._lines.segments)
+        self._ungraded = Ungraded()
         self.asking = asking
         self._masks = asked is None or bool(asked.intersection(masks.SIGNALS))
         self._internals = asked is None or bool(asked.intersection(internals.SIGNALS))
@@ -87,6 +89,7 @@ class Examiner:
 
     def _operation(self, function: Any, args: Any, result: Any, start: int) -> None:
         """An operation between the model's output and backward: who pairs operands is told, if it made something larger than they are."""
+        self._ungraded.note(function, args, result)
         if len(args) != 2 or not all(isinstance(tensor, Tensor) for tensor in (*args, result)):
             return
         if result.shape != args[0].shape and result.shape != args[1].shape:
@@ -132,6 +135,7 @@ class Examiner:
 
     def round_end(self, step: int) -> None:
         self._stretch.forget()
+        self._ungraded.forget()
         self._lines.end_step()
         self.patient.functional = None
 
@@ -187,7 +191,7 @@ class Examiner:
             return
         self._traced_step = self.record.step
         self._traces += 1
-        answer = self.asking.ask(lambda: nonfinite.locate(self.patient, what, loss, self._stretch, self.folder))
+        answer = self.asking.ask(lambda: nonfinite.locate(self.patient, what, loss, self._stretch, self.folder, ungraded=self._ungraded))
         if isinstance(answer, NoAnswer):
             self.record.unobserved("first_nonfinite", answer.reason)
         else:

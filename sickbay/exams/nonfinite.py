@@ -22,6 +22,7 @@ from sickbay.exams.operand import bad_row, count_nonfinite, describe, familiar, 
 from sickbay.exams.origin import Origin, OriginWatch, differentiate, operands_of, replay
 from sickbay.exams.rebuild import rebuilt_loss
 from sickbay.exams.stretch import Fault, Stretch
+from sickbay.exams.ungraded import Birth, Ungraded
 from sickbay.patient import ForwardCall, Patient, bare, tensors_in, user_line
 
 _Operation = tuple[dict[str, Any], list[tuple[str, Tensor]]]
@@ -50,7 +51,13 @@ class _Traced:
 
 
 def locate(
-    patient: Patient, what: Literal["loss", "gradient"], loss: Tensor | None, stretch: Stretch, folder: str | None, timeout: float = 60
+    patient: Patient,
+    what: Literal["loss", "gradient"],
+    loss: Tensor | None,
+    stretch: Stretch,
+    folder: str | None,
+    timeout: float = 60,
+    ungraded: Ungraded | None = None,
 ) -> Finding | NoAnswer:
     """The first non-finite value of this step; `folder`/first-bad-step holds what repeats it. NoAnswer says why it could not be traced.
 
@@ -61,7 +68,7 @@ def locate(
 
     def question() -> dict[str, Any] | None:
         patient.muted = True
-        traced = _trace_loss(patient, loss, stretch, here) if what == "loss" else _trace_gradient(patient, stretch)
+        traced = _trace_loss(patient, loss, stretch, here, ungraded) if what == "loss" else _trace_gradient(patient, stretch)
         if traced is None:
             return None
         finding = traced.finding
@@ -101,7 +108,7 @@ def _untouched(patient: Patient) -> Iterator[None]:
         patient.muted = muted
 
 
-def _trace_loss(patient: Patient, loss: Tensor | None, stretch: Stretch, here: str) -> _Traced | None:
+def _trace_loss(patient: Patient, loss: Tensor | None, stretch: Stretch, here: str, ungraded: Ungraded | None) -> _Traced | None:
     problems: list[str] = []
     for call in patient.training_calls():
         try:
@@ -115,6 +122,10 @@ def _trace_loss(patient: Patient, loss: Tensor | None, stretch: Stretch, here: s
     if loss is not None and loss.grad_fn is not None:
         graph = Graph(loss)
         culprit = graph.culprit()
+        given = culprit.result if culprit is not None and culprit.phase == "input" else None
+        birth = ungraded.birth(given) if ungraded is not None and given is not None else None
+        if birth is not None:
+            return _from_birth(birth, patient)
         if culprit is not None:
             return _from_culprit(culprit, graph, patient, stretch, here)
     if problems:
@@ -217,6 +228,14 @@ def _from_culprit(culprit: Culprit, graph: Graph, patient: Patient, stretch: Str
         _special(note, culprit.operands, given)
     value = count_nonfinite(result) if result is not None else 1
     return _Traced(Finding(value, where, source, note), calls[-1] if calls else None, operation)
+
+
+def _from_birth(birth: Birth, patient: Patient) -> _Traced:
+    calls = patient.training_calls()
+    note = _note(familiar(birth.op), "loss", birth.operands, birth.result, [])
+    note["traced"] = "the operations without gradient before the loss were held"
+    finding = Finding(count_nonfinite(birth.result), "", birth.source, note)
+    return _Traced(finding, calls[-1] if calls else None, bad_step.value_of(birth.op, birth.result))
 
 
 def _from_fault(fault: Fault, call: ForwardCall | None) -> _Traced:

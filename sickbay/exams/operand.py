@@ -48,38 +48,45 @@ def node_operation(node_name: str) -> str:
 
 
 def is_number(tensor: Tensor) -> bool:
-    """True for a dense floating-point tensor with at least one element, the only kind that can be non-finite here."""
-    return tensor.is_floating_point() and tensor.layout == torch.strided and tensor.numel() > 0
+    """True for a dense tensor of real or complex numbers with at least one element, the only kind that can be non-finite here."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    """The elements of `tensor`, a complex one's real and imaginary parts along one more dimension."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.float() if tensor.element_size() == 1 else tensor  # the 8-bit floats have no arithmetic
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """`tensor` in a format that every operation is written for."""
+    return tensor.detach() if tensor.is_complex() else tensor.detach().float()
 
 
 def finite(tensor: Tensor) -> bool:
-    """True when no element is NaN or infinite; also for anything but dense floats. One pass and no copy where all is well."""
+    """True when no element is NaN or infinite; also for anything but dense numbers. One pass and no copy where all is well."""
     if not is_number(tensor):
         return True
-    tensor = tensor.detach()
-    if tensor.element_size() == 1:  # the 8-bit floats have no arithmetic
-        tensor = tensor.float()
+    tensor = _reals(tensor)
     total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     # A sum of finite elements can overflow; a finite sum cannot hide a NaN or an infinity.
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def kinds(tensor: Tensor) -> frozenset[str]:
-    """Which of "nan", "+inf", "-inf" are among the elements; empty for a finite tensor and for anything but dense floats."""
-    if not is_number(tensor):
-        return frozenset()
-    tensor = tensor.detach()
-    if tensor.element_size() == 1:  # the 8-bit floats have no comparison kernels
-        tensor = tensor.float()
+    """Which of "nan", "+inf", "-inf" are among the elements; empty for a finite tensor and for anything but dense numbers."""
     if finite(tensor):
         return frozenset()
+    tensor = _reals(tensor)
     found = {"nan": torch.isnan(tensor), "+inf": tensor == float("inf"), "-inf": tensor == float("-inf")}
     return frozenset(kind for kind, where in found.items() if bool(where.any()))
 
 
 def count_nonfinite(tensor: Tensor) -> int:
     """The number of NaN and infinite elements."""
-    return int((~torch.isfinite(tensor.detach().float())).sum()) if is_number(tensor) else 0
+    return int((~torch.isfinite(_wide(tensor))).sum()) if is_number(tensor) else 0
 
 
 def describe(name: str, tensor: Tensor) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def bad_row(tensor: Tensor) -> int | None:
     """The first index along the leading dimension whose slice is not finite; None for a scalar or a finite tensor."""
     if tensor.dim() == 0 or not kinds(tensor):
         return None
-    rows = (~torch.isfinite(tensor.detach().float())).reshape(tensor.shape[0], -1).any(dim=1)
+    rows = (~torch.isfinite(_wide(tensor))).reshape(tensor.shape[0], -1).any(dim=1)
     return int(rows.nonzero()[0, 0])
 
 
@@ -115,7 +122,7 @@ def fully_masked_rows(operand: Tensor, dim: int = -1) -> int:
 
 def is_mask_sized(tensor: Tensor) -> bool:
     """True when `tensor` holds the very negative numbers that stand for "masked" in additive masks."""
-    if not is_number(tensor):
+    if not is_number(tensor) or tensor.is_complex():
         return False
     limit = min(torch.finfo(tensor.dtype).min * MASK_SHARE_OF_MINIMUM, 0.0)
     return float(tensor.detach().float().min()) <= max(limit, LARGEST_MASK)

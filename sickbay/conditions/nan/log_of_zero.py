@@ -7,7 +7,8 @@ gradient is NaN, and the weights after it; a plain NaN check of the loss comes o
 Why
 log(0) is -inf. √x has derivative 1/(2√x), which is infinite at 0; times an incoming gradient of 0 that is NaN. The
 same holds for norms, distances, standard deviations and powers below 1 at exactly 0, such as the distance of a point to
-itself. `torch.where` does not help: the branch that is not taken is still differentiated, and 0 × inf is NaN.
+itself. `torch.where` does not help: the branch that is not taken is still differentiated, and 0 × inf is NaN. A CTC loss
+is minus the logarithm of a probability that is 0 where a sequence has more labels than frames.
 
 Tell apart
 division-by-zero: the forward pass itself divides by zero.
@@ -35,6 +36,7 @@ EDGE = Threshold(0.0, "operand", source="domain of log and derivative of the roo
 LOG1P_EDGE = Threshold(-1.0, "operand", source="log1p(x) = log(1 + x)")
 LOGARITHMS = frozenset({"log", "log2", "log10", "logit", "xlogy"})
 ROOTS = frozenset({"sqrt", "pow"})
+ALIGNMENTS = frozenset({"ctc_loss", "cudnn_ctc_loss"})
 BACKWARD = frozenset(
     {"norm", "linalg_vector_norm", "vector_norm", "linalg_norm", "cdist", "cdist_forward", "pdist", "pdist_forward", "dist"}
     | {"std", "std_mean", "prod", "acos", "asin", "acosh", "atanh", "pairwise_distance"}
@@ -44,6 +46,8 @@ BACKWARD = frozenset(
 def diagnose(chart: Chart) -> Diagnosis | None:
     for origin in origins(chart["first_nonfinite"]):
         if _at_the_edge(origin):
+            if origin.op in ALIGNMENTS:
+                return _unalignable(origin)
             seen = "a value" if origin.first.low != origin.first.low else number(origin.first.low)
             how = "is not finite" if origin.forward else "has no finite derivative, though the loss is finite,"
             count = f"; {origin.first.zeros} of the operand's values are 0" if origin.first.zeros else ""
@@ -58,9 +62,23 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     return None
 
 
+def _unalignable(origin: Origin) -> Diagnosis:
+    return Diagnosis(
+        summary=f"{origin.op} is infinite: a sequence with more labels than frames has no alignment, so this is the logarithm of a "
+        "probability of 0; drop such pairs or pass zero_infinity=True",
+        evidence=(Evidence(origin.reading, 0.0),),
+        severity="critical",
+        step=origin.reading.step,
+        where=origin.reading.where,
+        source=origin.reading.source,
+    )
+
+
 def _at_the_edge(origin: Origin) -> bool:
     low, zeros = origin.first.low, origin.first.zeros
     if origin.forward:
+        if origin.op in ALIGNMENTS:
+            return origin.first.nonfinite == 0
         if origin.op == "log1p":
             return low <= LOG1P_EDGE
         if origin.op == "pow" and origin.may_outgrow:
