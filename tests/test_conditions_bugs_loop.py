@@ -103,6 +103,9 @@ def test_optimizer_not_stepped() -> None:
     assert ask(id_, waiting(20, optimizers=0)) is None
     assert ask(id_, waiting(20, optimizers=1, scaler_skips=20)) is None
     assert found(id_, waiting(20, optimizers=2, others=(1, 1)), "note")
+    assert found(id_, waiting(20, optimizers=2, alone=False, others=(1, 1)), "note"), "another optimizer has its parameters"
+    assert "no other optimizer has them" in found(id_, waiting(20, optimizers=2, alone=True, others=(1, 1)), "critical").summary
+    assert found(id_, waiting(8, {"ended": "finished"}, optimizers=2, alone=True, others=(1, 1)), "note"), "its turn may be yet to come"
     nobody = [read("backwards_without_step", 20, optimizers=1)]
     assert ask(id_, chart(backwards_without_step=nobody, backwards_since_step=[1, 1])) is None, "no optimizer of its own"
     assert ask(id_, waiting(NAN, optimizers=1)) is None

@@ -30,10 +30,13 @@ _SAME = 0.01  # a division leaves the norm's share to rounding
 class Held:
     """What is remembered of one optimizer between its steps, also when the optimizer itself is gone.
 
-    `carried`: share of old gradient found, None until looked; `reached`: some backward gave its parameters a gradient.
+    `name`: no other optimizer's. `carried`: share of old gradient found, None until looked;
+    `reached`: some backward gave its parameters a gradient. `parameters`: their ids; `versions`: the sum of how often they were written,
+    when they first had a gradient; `moved`: somebody has written to them since.
     """
 
     name: str = ""
+    kind: str = ""
     steps: int = 0
     backwards: int = 0
     all_backwards: int = 0
@@ -43,6 +46,9 @@ class Held:
     cleaned: bool = False
     finite: bool = True
     sources: list[str] = field(default_factory=list)
+    parameters: frozenset[int] = frozenset()
+    versions: int = 0
+    moved: bool = False
 
 
 @dataclass
@@ -125,7 +131,10 @@ class Order:
         for optimizer, held in tuple(self._held.items()):
             held.backwards += 1
             held.all_backwards += 1
-            held.reached = held.reached or _has_gradient(optimizer)
+            if not held.reached and _has_gradient(optimizer):
+                held.reached, held.parameters, held.versions = True, *_written(optimizer)
+            elif not held.steps and (held.all_backwards < 2 * _FIRST_STEPS or held.all_backwards % _LOOK_EVERY == 0):
+                held.moved = held.moved or _written(optimizer)[1] != held.versions
             held.sources = [*held.sources[-3:], line]
         self._by_hand.backwards += 1
         self._by_hand.sources = [line]
@@ -142,12 +151,16 @@ class Order:
     def _of(self, optimizer: Any) -> Held:
         held = self._held.get(optimizer)
         if held is None:
-            held = self._held[optimizer] = Held(type(optimizer).__name__)
+            kind = type(optimizer).__name__
+            alike = sum(other.kind == kind for other in self._everyone)
+            held = self._held[optimizer] = Held(f"{kind} {alike + 1}" if alike else kind, kind)
             self._everyone.append(held)
         return held
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
         held = self._of(optimizer)
+        if len(held.parameters) != sum(len(group["params"]) for group in optimizer.param_groups):
+            held.parameters, _ = _written(optimizer)
         norm = self.patient.norm_at_step
         backwards = held.backwards
         if backwards == 0 and norm > 0 and norm != held.norm:
@@ -274,7 +287,8 @@ class Order:
         """The run is over: whoever got gradients but never stepped is written down."""
         for held in self._everyone:
             if not held.steps and held.all_backwards >= 2 and held.reached:
-                note = {"optimizers": len(self._everyone), "scaler_skips": self._skips}
+                alone = not held.moved and not any(held.parameters & other.parameters for other in self._everyone if other.steps)
+                note = {"optimizers": len(self._everyone), "scaler_skips": self._skips, "alone": alone}
                 self.record.read("backwards_without_step", held.all_backwards, where=held.name, note=note, source=held.sources[-1])
 
 
@@ -294,6 +308,12 @@ def _reaches(loss: Tensor, optimizer: Any) -> bool:
     """True if `loss.backward()` would add to the gradient of any of the optimizer's parameters."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return any(id(leaf) in held for leaf in leaves_of(loss))
+
+
+def _written(optimizer: Any) -> tuple[frozenset[int], int]:
+    """The ids of the optimizer's parameters, and how often they were written in place altogether."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return frozenset(map(id, parameters)), sum(parameter._version for parameter in parameters)
 
 
 def _has_gradient(optimizer: Any) -> bool:

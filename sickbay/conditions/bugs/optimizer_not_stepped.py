@@ -32,16 +32,22 @@ RUNNING = Threshold(
 ENDED = Threshold(2, "backward calls", source="at the end of a run no step can follow; one backward alone is a check of gradients")
 
 
+_UNMOVED = "the weights are those the run began with"
+
+
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     """Backward calls, with an optimizer at hand, that no step ever followed, whether their gradients piled up or were zeroed."""
     waiting = [r for r in chart["backwards_without_step"].finite() if float(r.note.get("optimizers") or 0) >= 1]
-    # Beside an optimizer that steps, one that never does may be a leftover of an earlier set-up: it is mentioned, no more.
+    # Beside an optimizer that steps, one that never does may be a leftover of an earlier set-up: it is mentioned, no more,
+    # unless nobody else has its parameters, which then get gradients and stay what they were.
     others_step = len(chart["backwards_since_step"]) > 0
     if others_step:
         waiting = [r for r in waiting if r.where]
     zeroed = [] if others_step else [r for r in chart["dropped_backwards"].finite() if r.note.get("finite_loss") is not False]
     if not (waiting or zeroed) or any(float(r.note.get("scaler_skips") or 0) > 0 for r in waiting):
         return None
+    alone = [r for r in waiting if r.note.get("alone") and r.value > RUNNING] if others_step else []
+    waiting = alone or waiting
     last, first = (waiting or zeroed)[-1], min((*waiting, *zeroed), key=lambda r: r.step)
     calls = max(waiting[-1].value if waiting else 0, sum(r.value for r in zeroed))
     ended = any(chart.facts.get(fact) is not None for fact in ("ended", "ended_inside"))
@@ -49,9 +55,9 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
         return NotExamined(f"{calls:.0f} backward calls so far and no step: it may still come")
     return Diagnosis(
         summary=f"{calls:.0f} backward calls and not one step of {last.where or 'the optimizer'}: "
-        f"{'other optimizers do step' if others_step else 'the weights are those the run began with'}.",
+        f"{'other optimizers do step' if others_step and not alone else _UNMOVED}{', and no other optimizer has them' if alone else ''}.",
         evidence=(Evidence(last, 0.0),),
-        severity="note" if others_step else "critical",
+        severity="note" if others_step and not alone else "critical",
         step=first.step,
         where=last.where,
         source=last.source,
