@@ -14,7 +14,6 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from sickbay.reference import flags
     from sickbay.reference.presets import PRESETS
 
+    parser.usage = "sickbay train [TEXT ...] [--preset NAME] [--config FILE] [--out DIR] [any setting below]"
     parser.add_argument("text", metavar="TEXT", nargs="*", help="UTF-8 text files, JSONL files, folders of them, or - for stdin")
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings as TOML, such as the config.toml of an earlier run")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="settings under one name")
@@ -280,6 +280,8 @@ def _with_vocabulary(settings: Settings, asked: Tables, corpus: Corpus) -> Setti
 
 def _find_learning_rate(settings: Settings, asked: Tables, device: str, as_json: bool) -> int:
     """0 when the table of tried learning rates is printed; nothing is kept."""
+    import tempfile
+
     from sickbay.reference import find_lr
 
     with tempfile.TemporaryDirectory() as folder:
