@@ -39,6 +39,7 @@ FORMAT = 2
 PREFIX = "step-"
 KEEP = 2  # checkpoints of a run: should the newest turn out damaged, there is one before it
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what torch.compile and activation checkpointing put into names
+OF_THE_MACHINE = ("fused", "foreach", "capturable")  # settings of an optimizer that say how, not what
 
 Json = Any
 
@@ -229,7 +230,7 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, wo
         # Matched by name: on another number of processes the same weights may stand in more groups or fewer.
         settings = next((saved for saved in state.groups if names[id(trained["params"][0])] in saved["parameters"]), {})
         for key, value in settings.items():
-            if key in group:
+            if key in group and key not in OF_THE_MACHINE:
                 group[key] = tuple(value) if isinstance(group[key], tuple) else value
     optimizer.load_state_dict({"state": held, "param_groups": groups})
     random = state.folder / _random_file(world.rank, world.size)

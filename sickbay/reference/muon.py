@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
             "lr": matrix_learning_rate,
             "relative": relative,
         }
-        rest = [{**group, "lr": learning_rate, "betas": betas, "eps": ADAM_EPS} for group in others]
+        rest = [{**group, "lr": learning_rate, "betas": betas, "eps": ADAM_EPS, "fused": fused} for group in others]
         super().__init__([group for group in (hidden, *rest) if group["params"]], {})
         self._fused = fused
 
