@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -206,15 +207,19 @@ def stochastic_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _drops_by_function(module: nn.Module) -> bool:
-    """True for a user's module whose own forward calls a dropout function under `self.training`, with a probability above 0."""
-    code = getattr(type(module).forward, "__code__", None)
-    if code is None or not is_user_file(code.co_filename) or "training" not in code.co_names:
+    """True for a module whose own forward calls a dropout function under `self.training`, with a probability above 0.
+
+    A library's has to hold the probability itself: a constant of its code may stand for anything.
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or "training" not in code.co_names:
         return False
     keywords = [name for constant in code.co_consts if isinstance(constant, tuple) for name in constant if isinstance(name, str)]
     if not any("dropout" in name for name in (*code.co_names, *keywords)):
         return False
     own = [value for name, value in vars(module).items() if isinstance(value, float) and ("drop" in name.lower() or name == "p")]
-    return any(0 < value < 1 for value in own or [constant for constant in code.co_consts if isinstance(constant, float)])
+    constants = [constant for constant in code.co_consts if isinstance(constant, float)] if is_user_file(code.co_filename) else []
+    return any(0 < value < 1 for value in own or constants)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
