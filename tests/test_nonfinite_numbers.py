@@ -86,6 +86,16 @@ def test_a_nan_reward_is_the_datas() -> None:
     assert finding.note["phase"] == "input"
 
 
+def test_division_in_place() -> None:
+    held, advantages, spread = Ungraded(), torch.zeros(6), torch.zeros(())
+    held.note(torch.Tensor.div_, (advantages, spread), advantages.div_(spread))
+    born = held.birth(advantages)
+    assert born is not None and born.op == "div"
+    rewards = torch.full((6,), float("nan"))
+    held.note(torch.Tensor.mul_, (rewards, torch.ones(())), rewards.mul_(2))
+    assert held.birth(rewards) is None
+
+
 def test_nothing_is_held_after_the_step() -> None:
     held = Ungraded()
     held.note(torch.div, (torch.zeros(3), torch.zeros(())), torch.full((3,), float("nan")))

@@ -72,7 +72,7 @@ class Ungraded:
             known = [births[storage(tensor)] for tensor in ill if storage(tensor) in births]
             if known:
                 births.setdefault(own, known[0])
-            elif not ill and (not call.writes or any(bool((tensor == 0).any()) for tensor in read)):
+            elif not ill and (not call.writes or any(bool((tensor == 0).any()) for _, tensor in read)):
                 # What an operand was before it was overwritten is not known; a zero in the other one tells enough.
                 births.setdefault(own, call)
         return births.get(storage(bad))
