@@ -22,6 +22,7 @@ from sickbay.core.shares import share
 from sickbay.reference import checkpoint, shards
 from sickbay.reference.config import Config
 from sickbay.reference.model import Transformer
+from sickbay.reference.recipe import Recipe
 from sickbay.reference.sources import shipped_text
 from sickbay.reference.world import World, rows_by_process, together
 
@@ -139,6 +140,8 @@ def test_the_command_speaks_once_and_generates_from_parts(tmp_path: Path) -> Non
 
 
 def test_processes_and_settings_that_do_not_belong_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="parallel is 'tp'; it must be none, ddp or fsdp with precision fp16"):
+        Recipe(parallel="tp", precision="fp16")
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="parallel is 'ddp', which torchrun must start"), together("ddp"):

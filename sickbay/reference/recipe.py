@@ -129,6 +129,8 @@ class Recipe:
             demand(field, getattr(self, field), getattr(self, field) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         for field in ("compile", "flush_denormal"):
             demand(field, getattr(self, field), isinstance(getattr(self, field), bool), "True or False")
+        scalable = self.parallel != "tp" or self.precision != "fp16"  # torch's scaler takes no mix of whole and divided gradients
+        demand("parallel", self.parallel, scalable, "none, ddp or fsdp with precision fp16; tp goes with bf16 and fp32")
         watched = self.patience is None or self.eval_every > 0
         demand("patience", self.patience, watched, "None where eval_every is 0: without evaluations nothing can be waited for")
 
