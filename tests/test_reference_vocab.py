@@ -368,6 +368,18 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path: Path, word
     assert not (tmp_path / "new").exists()
 
 
+def test_a_reader_that_goes_away_is_no_error_of_the_texts(tmp_path: Path) -> None:
+    LibraryTokenizer(gpt2()).save(tmp_path / "tokenizer.json")
+    (text,) = file_of(tmp_path, PLAY).files
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr("builtins.print", closed)
+        call("stats", tmp_path, text)
+
+
 def test_the_command_is_offered() -> None:
     assert command_line.commands()["vocab"] == "sickbay.cli.vocab"
     assert math.isnan(vocab.Counts(np.zeros(3, dtype=np.int64), 0).bytes_per_token)

@@ -54,6 +54,8 @@ def main(args: argparse.Namespace) -> int:
         return _stats(args, text) if args.command == "stats" else _prune(args, text)
     except ValueError as problem:
         raise UsageError(str(problem)) from problem
+    except BrokenPipeError:
+        raise  # the reader of our output has gone: no fault of the texts
     except OSError as problem:
         raise UsageError(f"{problem.filename or problem}: {problem.strerror or 'not found'}; nothing was written") from problem
 
