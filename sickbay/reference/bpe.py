@@ -70,9 +70,9 @@ class LibraryTokenizer:
         return text
 
     def pieces(self, chunks: Iterable[str], size: int = CHUNK) -> Iterator[str]:
-        """The text of `chunks` in pieces of about `size` characters whose ids one after another are those of the whole text; where to cut is told in cuts.py.
+        """The text of `chunks` in pieces of about `size` characters whose ids one after another are those of the whole text.
 
-        All in one piece where the tokenizer is not known to allow a cut.
+        Where to cut is told in cuts.py; all in one piece where the tokenizer is not known to allow a cut.
         """
         return self._cuts.pieces(chunks, size)
 
