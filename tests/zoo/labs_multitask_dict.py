@@ -86,6 +86,11 @@ for step in range(STEPS):
             for part in (encoder, *tasks.values()):
                 for p in part.values():
                     p = p - 0.05 * p.grad
+    elif fault == "byhand":
+        with torch.no_grad():
+            for part in (encoder, *tasks.values()):
+                for name, p in part.items():
+                    part[name] = (p - 0.05 * p.grad).requires_grad_()
     else:
         if fault != "halfstep" and not (fault == "alternate" and step % 2):
             body.step()
