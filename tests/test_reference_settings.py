@@ -169,6 +169,13 @@ def test_a_resumed_run_needs_no_text_and_may_get_more_steps_alone(tmp_path: Path
     assert settings.read(tmp_path / "run" / "config.toml")[0]["recipe"]["steps"] == 4
 
 
+def test_a_warm_up_that_never_ends_is_told(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(text, "--out", tmp_path / "short", *SMALL, "--steps", "2")
+    assert "note: warmup is 2, the run has 2 steps" in capsys.readouterr().err
+    call(text, "--out", tmp_path / "longer", *SMALL, "--steps", "3")
+    assert "note" not in capsys.readouterr().err
+
+
 def test_more_ids_than_the_tokenizer_has_may_be_asked_for(tmp_path: Path, text: Path) -> None:
     call(text, "--out", tmp_path / "run", *SMALL, "--steps", "1", "--vocab-size", "128")
     assert checkpoint.read(tmp_path / "run").config.vocab_size == 128

@@ -80,6 +80,9 @@ def main(args: argparse.Namespace) -> int:
         device = _device(args.device)
         if slow := slow_here(settings.recipe.precision, device):
             print(f"note: {slow}", file=sys.stderr)
+        steps, warmup = settings.recipe.steps, settings.recipe.warmup
+        if warmup >= steps:
+            print(f"note: warmup is {warmup}, the run has {steps} steps: the learning rate never gets to its peak", file=sys.stderr)
         if args.find_lr:
             return _find_learning_rate(settings, asked, device, args.json)
         with together(settings.recipe.parallel, device, settings.recipe.batch_size) as world:
