@@ -115,9 +115,10 @@ def race(nanogpt: Path, iterations: int, names: Sequence[str]) -> str:
             say(f"race {number + 1}/{slices}: {total:.0f} s, {counts}")
         losses = {"nanogpt": base.ask(evaluate=True), **{name: players[name].ask(evaluate=True) for name in names}}
         facts = {name: players[name].ask(facts=True)["parameters"] for name in names} | {"nanogpt": base.ask(facts=True)["parameters"]}
-    tokens = SHAPES["tiny"].batch_size * SHAPES["tiny"].context
-    rows = []
+    shape, rows = SHAPES["tiny"], []
     for name, steps in {"nanogpt": iterations, **counts}.items():
+        changed = SETTINGS[name].recipe if name in SETTINGS else {}
+        tokens = changed.get("batch_size", shape.batch_size) * shape.context
         gained = f"{losses[name] - losses['nanogpt']:+.4f}"
         rows.append([TOLD[name], f"{losses[name]:.4f}", gained, f"{steps:,}", f"{steps * tokens / total:,.0f}", f"{facts[name]:,}"])
     heading = ["recipe", "validation loss", "against nanoGPT", "steps", "tokens/s", "parameters"]
