@@ -75,7 +75,7 @@ SETTINGS = {
     "modern": Setting(
         "+ RMSNorm, rotary, QK-norm, ReLU squared, zero outputs", MODERN, {**LINEAR, "learning_rate": 4e-3}, order="shuffled"
     ),
-    "best": Setting("+ Muon (the preset best)", BEST["model"], BEST["recipe"], order=BEST["data"]["order"]),
+    "best": Setting("+ Muon, output matrix of its own, batch 16 (preset best)", BEST["model"], BEST["recipe"], order=BEST["data"]["order"]),
 }
 LOOPS = ("nanogpt", "transformers", *SETTINGS)
 
