@@ -100,7 +100,8 @@ class Examiner:
         self._lines.end()
 
     def forward_end(self, call: Any, output: Any) -> None:
-        if call.grad_enabled:
+        # A teacher's forward may stand between the model's own and the loss.
+        if call.grad_enabled or any(not one.spent for one in self.patient.training_calls()):
             self._lines.begin()
 
     def backward_asked(self) -> None:
@@ -191,6 +192,8 @@ class Examiner:
             return
         self._traced_step = self.record.step
         self._traces += 1
+        if what == "loss":
+            self._lines.again()  # should the next loss be NaN too, its lines and what has no gradient are known
         answer = self.asking.ask(lambda: nonfinite.locate(self.patient, what, loss, self._stretch, self.folder, ungraded=self._ungraded))
         if isinstance(answer, NoAnswer):
             self.record.unobserved("first_nonfinite", answer.reason)

@@ -101,3 +101,30 @@ def test_nothing_is_held_after_the_step() -> None:
     held.note(torch.div, (torch.zeros(3), torch.zeros(())), torch.full((3,), float("nan")))
     held.forget()
     assert held.birth(torch.full((3,), float("nan"))) is None
+
+
+def teaching(held: Ungraded) -> Finding:
+    """A student beside a teacher whose sharpened probabilities have a zero, in a divergence written out."""
+    step = Step()
+    step.lines = LossLines(told=lambda function, args, result, start: held.note(function, args, result))
+    scores = step.forward(nn.Linear(4, 3), torch.randn(6, 4))
+    step.lines.begin()
+    taught = (torch.randn(6, 3) / 0.001).softmax(-1)
+    loss = (taught * (taught.log() - scores.log_softmax(-1))).sum(-1).mean() + scores.pow(2).mean()
+    step.lines.end()
+    return found(locate(step.patient, "loss", loss, step.stretch, None, ungraded=held))
+
+
+def test_a_logarithm_beside_the_graph() -> None:
+    finding = teaching(Ungraded())
+    assert (finding.note["op"], finding.note["phase"]) == ("log", "loss")
+    assert isinstance(judged("log-of-zero", finding), Diagnosis)
+
+
+def test_a_nan_that_nobody_saw_being_made_is_from_outside() -> None:
+    deaf = Ungraded()
+    deaf.note = lambda function, args, result: None  # type: ignore[method-assign]
+    finding = teaching(deaf)
+    assert finding.note["ungraded"]
+    assert "without gradient" in judged("non-finite-input", finding).summary
+    assert not isinstance(ask("log-of-zero", Chart([read("first_nonfinite", finding.value, **finding.note)])), Diagnosis)

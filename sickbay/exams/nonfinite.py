@@ -25,6 +25,9 @@ from sickbay.exams.stretch import Fault, Stretch
 from sickbay.exams.ungraded import Birth, Ungraded
 from sickbay.patient import ForwardCall, Patient, bare, tensors_in, user_line
 
+# Operations that make no NaN out of finite operands.
+_PASS_ON = frozenset({"add", "sub", "rsub", "mul", "neg", "sum", "mean", "cat", "stack", "where", "masked_fill"})
+
 _Operation = tuple[dict[str, Any], list[tuple[str, Tensor]]]
 
 
@@ -123,14 +126,32 @@ def _trace_loss(patient: Patient, loss: Tensor | None, stretch: Stretch, here: s
         graph = Graph(loss)
         culprit = graph.culprit()
         given = culprit.result if culprit is not None and culprit.phase == "input" else None
-        birth = ungraded.birth(given) if ungraded is not None and given is not None else None
+        hidden = culprit is not None and _met_what_is_not_kept(culprit)
+        birth = None
+        if ungraded is not None:
+            birth = ungraded.birth(given) if given is not None else ungraded.newest() if hidden else None
         if birth is not None:
             return _from_birth(birth, patient)
         if culprit is not None:
-            return _from_culprit(culprit, graph, patient, stretch, here)
+            traced = _from_culprit(culprit, graph, patient, stretch, here)
+            traced.finding.note["ungraded"] = hidden
+            return traced
     if problems:
         raise RuntimeError(f"the forward pass could not be run again: {problems[0]}")
     return None
+
+
+def _met_what_is_not_kept(culprit: Culprit) -> bool:
+    """True where finite operands cannot have given the NaN: the one that autograd does not keep was NaN or infinite before."""
+    finite = not any(kinds(tensor) for _, tensor in culprit.operands)
+    result = culprit.result
+    return (
+        culprit.phase == "forward"
+        and familiar(culprit.operation) in _PASS_ON
+        and finite
+        and result is not None
+        and bool(result.isnan().any())
+    )
 
 
 def _trace_gradient(patient: Patient, stretch: Stretch) -> _Traced | None:

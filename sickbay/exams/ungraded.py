@@ -62,6 +62,14 @@ class Ungraded:
 
     def birth(self, bad: Tensor) -> Birth | None:
         """The held operation that made `bad` non-finite out of finite operands; None if it was not among them."""
+        return self._births().get(storage(bad))
+
+    def newest(self) -> Birth | None:
+        """The last held operation that made something non-finite out of finite operands."""
+        return next(reversed(list(self._births().values())), None)
+
+    def _births(self) -> dict[int, Birth]:
+        """By storage: the operation behind each held result that is not finite."""
         births: dict[int, Birth] = {}
         for call in self._calls:
             own = storage(call.result)
@@ -75,4 +83,4 @@ class Ungraded:
             elif not ill and (not call.writes or any(bool((tensor == 0).any()) for _, tensor in read)):
                 # What an operand was before it was overwritten is not known; a zero in the other one tells enough.
                 births.setdefault(own, call)
-        return births.get(storage(bad))
+        return births

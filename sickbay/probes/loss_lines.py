@@ -19,6 +19,7 @@ from sickbay.patient import user_line
 from sickbay.probes.unseen import unseen
 
 STEPS = 2
+LATER_STEPS = 8  # among them one that is looked at closely, where steps are fast
 MAX_SEGMENTS = 16
 MAX_NODES = 512
 
@@ -32,7 +33,7 @@ Told = Callable[[Any, Any, Any, int], None]
 class LossLines:
     """`begin()` where the model's forward ends, `end()` where backward begins; both may be called at any time, any number of times.
 
-    `segments`: what was learnt, one list for each stretch; nothing is added after `steps` of them have been seen by `end_step`.
+    `segments`: what was learnt, one list for each stretch; nothing is added after `steps` steps have been seen by `end_step`.
     """
 
     def __init__(self, segments: list[Any] | None = None, steps: int = STEPS, told: Told | None = None) -> None:
@@ -72,6 +73,10 @@ class LossLines:
             mode.made = []
         if take_out(mode):
             self._mode = None
+
+    def again(self) -> None:
+        """Some of the next steps are recorded as the first ones were."""
+        self._left = max(self._left, LATER_STEPS)
 
     def end_step(self) -> None:
         """One optimizer step is over; after the last of the recorded steps `begin` does nothing."""

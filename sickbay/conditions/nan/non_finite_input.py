@@ -22,6 +22,7 @@ IEEE 754-2019, section 6.2: an operation on NaN gives NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sickbay.core.chart import Chart
@@ -45,7 +46,24 @@ def diagnose(chart: Chart) -> Diagnosis | None:
                 where=reading.where,
                 source=reading.source,
             )
-    return None
+    return _from_outside(origins(chart["first_nonfinite"]))
+
+
+def _from_outside(found: Iterable[Origin]) -> Diagnosis | None:
+    """A NaN that autograd did not see being made: nobody else can name its origin, where all traces ended so."""
+    met = list(found)
+    if not met or not all(origin.reading.note.get("ungraded") for origin in met):
+        return None
+    reading = met[0].reading
+    return Diagnosis(
+        summary=f"{met[0].op} met a NaN that was made without gradient: a target, a weight or a teacher's output of step {reading.step}",
+        evidence=(Evidence(reading, 0.0),),
+        severity="critical",
+        step=reading.step,
+        where=reading.where,
+        source=reading.source,
+        certainty="likely",
+    )
 
 
 def _is_mask(origin: Origin) -> bool:
