@@ -23,7 +23,7 @@ from sickbay.core.condition import Condition, checkup, reachable
 from sickbay.core.diagnosis import Checkup
 from sickbay.core.reader import load_chart
 from sickbay.reference.case import Case
-from sickbay.reference.config import Config
+from sickbay.reference.models.config import Config
 from sickbay.reference.watched import watched
 from sickbay.registry import conditions
 

@@ -42,10 +42,10 @@ def writer(name: str, size: str, nanogpt: Path | None) -> Callable[[int], None]:
     layers, heads, width, vocabulary, context = SIZES[size]
     torch.manual_seed(0)
     if name == "ours":
-        from sickbay.reference.config import Config
-        from sickbay.reference.decoding import Decoding
-        from sickbay.reference.generate import generate
-        from sickbay.reference.model import Transformer
+        from sickbay.reference.generation.decoding import Decoding
+        from sickbay.reference.generation.generate import generate
+        from sickbay.reference.models.config import Config
+        from sickbay.reference.models.model import Transformer
 
         shape = Config(
             dim=width, num_layers=layers, num_heads=heads, vocab_size=vocabulary, context=context,
@@ -130,7 +130,7 @@ def pool_benefit(rounds: int) -> str:
     import results
     import torch
 
-    from sickbay.reference.pool import Pool
+    from sickbay.reference.training.pool import Pool
 
     pool = Pool(most_bytes=1 << 30)
     layers, heads, width, vocabulary, context = SIZES["gpt2"]

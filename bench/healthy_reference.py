@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sickbay.reference import train
 from sickbay.reference.case import Case
-from sickbay.reference.config import Config
 from sickbay.reference.data import Batch
-from sickbay.reference.optimizer import set_learning_rate
-from sickbay.reference.schedule import learning_rate_at
+from sickbay.reference.models.config import Config
+from sickbay.reference.training.optimizer import set_learning_rate
+from sickbay.reference.training.schedule import learning_rate_at
 
 PAD = 65  # the first id after the shipped text's characters
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from sickbay.core.plan import gibibytes
 from sickbay.exams.footprint import kept_by, parts_of, without_memory
-from sickbay.reference.config import Config
-from sickbay.reference.model import Transformer
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
 
 Build = Callable[[], nn.Module]
 

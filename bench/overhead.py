@@ -69,8 +69,8 @@ def train(shape: Shape, steps: int, out: Path) -> None:
 
     from sickbay.reference import data
     from sickbay.reference.case import shipped_corpus
-    from sickbay.reference.config import Config
-    from sickbay.reference.model import Transformer
+    from sickbay.reference.models.config import Config
+    from sickbay.reference.models.model import Transformer
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

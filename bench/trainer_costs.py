@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from trainer_loops import GPT
 
-from sickbay.reference.blocks import Attention
-from sickbay.reference.config import Config
-from sickbay.reference.loss import next_token_loss, token_shares
-from sickbay.reference.model import Transformer
-from sickbay.reference.precision import autocast
-from sickbay.reference.recipe import Precision, Recompute
-from sickbay.reference.recompute import recompute
+from sickbay.reference.models.blocks import Attention
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.settings.recipe import Precision, Recompute
+from sickbay.reference.training.loss import next_token_loss, token_shares
+from sickbay.reference.training.precision import autocast
+from sickbay.reference.training.recompute import recompute
 
 KINDS: tuple[Recompute, ...] = ("none", "block", "sqrt")
 LAYERS, CONTEXTS = (4, 9, 16), (64, 128, 256, 512)

@@ -24,16 +24,18 @@ import torch
 from torch import Tensor, nn
 from turns import Requests
 
-from sickbay.reference import batches, loss, optimizer, schedule, train
-from sickbay.reference.config import Config
-from sickbay.reference.evaluation import evaluate
-from sickbay.reference.flops import training_flops_per_token
-from sickbay.reference.machine import processor
-from sickbay.reference.model import Transformer
-from sickbay.reference.presets import PRESETS
-from sickbay.reference.recipe import Recipe
-from sickbay.reference.sources import shipped_text
-from sickbay.reference.tokenizer import CharTokenizer
+from sickbay.reference import train
+from sickbay.reference.data import batches
+from sickbay.reference.data.sources import shipped_text
+from sickbay.reference.evaluation.evaluation import evaluate
+from sickbay.reference.evaluation.flops import training_flops_per_token
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.settings.presets import PRESETS
+from sickbay.reference.settings.recipe import Recipe
+from sickbay.reference.text.tokenizer import CharTokenizer
+from sickbay.reference.training import loss, optimizer, schedule
+from sickbay.reference.training.machine import processor
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from trainer_loops import SETTINGS, SHAPES, Text, our_step
 
-from sickbay.reference.flops import measured_peak, training_flops_per_token
+from sickbay.reference.evaluation.flops import measured_peak, training_flops_per_token
 
 SOURCE = Path(__file__).with_name("products.c")
 SIDE = 512

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from sickbay.reference.case import shipped_corpus
-from sickbay.reference.config import Config
 from sickbay.reference.data import random_batches
-from sickbay.reference.encoder import Encoder
-from sickbay.reference.objectives import MaskedToken
+from sickbay.reference.data.objectives import MaskedToken
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder import Encoder
 
 STEPS, BATCH, CONTEXT, CHARACTERS = 200, 16, 48, 65
 

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from sickbay.reference.case import shipped_corpus
-from sickbay.reference.config import Config
 from sickbay.reference.data import random_batches
-from sickbay.reference.encoder_decoder import EncoderDecoder
-from sickbay.reference.objectives import SpanCorruption
+from sickbay.reference.data.objectives import SpanCorruption
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder_decoder import EncoderDecoder
 
 STEPS, BATCH, CONTEXT, CHARACTERS = 200, 16, 48, 65
 

@@ -207,8 +207,8 @@ def _of_function(target: str) -> Callable[[], Any]:
 
 
 def _of_dimensions(given: dict[str, int]) -> tuple[str, Callable[[], Any], int]:
-    from sickbay.reference.config import Config
-    from sickbay.reference.model import Transformer
+    from sickbay.reference.models.config import Config
+    from sickbay.reference.models.model import Transformer
 
     dim = given["dim"]
     fields: dict[str, Any] = {

@@ -19,7 +19,7 @@ from sickbay.core.diagnosis import Checkup, Diagnosis
 from sickbay.core.errors import UsageError
 from sickbay.core.reader import load_chart
 from sickbay.reference.case import Case
-from sickbay.reference.config import Config
+from sickbay.reference.models.config import Config
 from sickbay.reference.watched import watched
 from sickbay.registry import check_name, conditions
 from sickbay.report.write import write_report

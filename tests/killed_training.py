@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sickbay.reference import checkpoint, data, durable, train
-from sickbay.reference.config import Config
-from sickbay.reference.recipe import Recipe
+from sickbay.reference import data, train
+from sickbay.reference.models.config import Config
+from sickbay.reference.saving import checkpoint, durable
+from sickbay.reference.settings.recipe import Recipe
 
 STEPS, SAVE_EVERY = 60, 2
 STAGE = 0.002  # seconds that each stage of a slowed save takes

@@ -7,8 +7,8 @@ import json
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sickbay.reference.bpe import train_bpe
 from sickbay.reference.data import shipped_text
+from sickbay.reference.text.bpe import train_bpe
 
 # Meta's published pattern.
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

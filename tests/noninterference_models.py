@@ -129,8 +129,8 @@ class Hugging(nn.Module):
 
 
 def reference(dropout: float = 0.0, checkpointed: str = "") -> nn.Module:
-    from sickbay.reference.config import Config
-    from sickbay.reference.model import Transformer
+    from sickbay.reference.models.config import Config
+    from sickbay.reference.models.model import Transformer
 
     model = Transformer(Config(dim=WIDTH, num_layers=2, num_heads=2, vocab_size=VOCAB, context=TIME, dropout=dropout))
     if checkpointed:

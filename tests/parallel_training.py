@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from sickbay.reference import checkpoint, data, parts, train
-from sickbay.reference.config import Config
-from sickbay.reference.dtensor import local
-from sickbay.reference.progress import Progress
-from sickbay.reference.recipe import Parallel, Recipe
-from sickbay.reference.world import ALONE, World, together
+from sickbay.reference import data, train
+from sickbay.reference.models import parts
+from sickbay.reference.models.config import Config
+from sickbay.reference.processes.dtensor import local
+from sickbay.reference.processes.world import ALONE, World, together
+from sickbay.reference.saving import checkpoint
+from sickbay.reference.settings.recipe import Parallel, Recipe
+from sickbay.reference.training.progress import Progress
 
 CONFIGS = {
     "shared-heads": Config(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, context=8, qk_norm=True, activation="swiglu"),

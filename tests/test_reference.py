@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from sickbay.reference import data, train
 from sickbay.reference.case import Case, run, shipped_corpus
-from sickbay.reference.config import Config
 from sickbay.reference.data import CharTokenizer
-from sickbay.reference.model import Transformer
-from sickbay.reference.optimizer import make_adamw
-from sickbay.reference.recipe import Recipe
-from sickbay.reference.schedule import learning_rate_at
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.settings.recipe import Recipe
+from sickbay.reference.training.optimizer import make_adamw
+from sickbay.reference.training.schedule import learning_rate_at
 
 TINY = Config(dim=16, num_layers=2, num_heads=2, vocab_size=11, context=12)
 STYLES = [

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sickbay.core.errors import UsageError
-from sickbay.reference import augment, data
-from sickbay.reference.augment import Augmentation, back_translated, delete_words, swap_words
-from sickbay.reference.data import DataSettings
-from sickbay.reference.tokenizer import ByteTokenizer
+from sickbay.reference import data
+from sickbay.reference.data import DataSettings, augment
+from sickbay.reference.data.augment import Augmentation, back_translated, delete_words, swap_words
+from sickbay.reference.text.tokenizer import ByteTokenizer
 
 LINES = st.text(st.sampled_from("ab c\té\r日.,"), max_size=60)
 SHARES = st.floats(0, 0.99)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from sickbay.core.errors import UsageError
 from sickbay.reference import data
-from sickbay.reference.config import Config
-from sickbay.reference.loss import IGNORED, next_token_loss
-from sickbay.reference.model import Transformer
-from sickbay.reference.shuffle import shuffled
+from sickbay.reference.data.shuffle import shuffled
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.training.loss import IGNORED, next_token_loss
 
 Stream = Callable[..., Iterator[data.Batch]]
 ORDERS = [data.random_batches, data.shuffled_batches]

@@ -10,9 +10,9 @@ import torch
 from test_reference_generate import ids_of, transformer, written
 from torch import Tensor
 
-from sickbay.reference.beam import Beams, beam_search
-from sickbay.reference.decoding import Decoding
-from sickbay.reference.model import Transformer
+from sickbay.reference.generation.beam import Beams, beam_search
+from sickbay.reference.generation.decoding import Decoding
+from sickbay.reference.models.model import Transformer
 
 END = 2
 

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sickbay.core.errors import UsageError
-from sickbay.reference import corpus as corpus_module
-from sickbay.reference import data, sources
-from sickbay.reference.data import DataSettings
-from sickbay.reference.sources import Text
-from sickbay.reference.tokenizer import ByteTokenizer
-from sickbay.reference.tokens import Written, bytes_within, move, validation_spans
+from sickbay.reference import data
+from sickbay.reference.data import DataSettings, sources
+from sickbay.reference.data import corpus as corpus_module
+from sickbay.reference.data.sources import Text
+from sickbay.reference.data.tokens import Written, bytes_within, move, validation_spans
+from sickbay.reference.text.tokenizer import ByteTokenizer
 
 BYTES = DataSettings(tokenizer="bytes")
 END = ByteTokenizer.end_of_text
@@ -193,7 +193,7 @@ def test_moving_leaves_every_token_once_and_in_order(tmp_path_factory: pytest.Te
     (folder / "all").write_bytes(tokens.astype("<u2").tobytes())
     spans = validation_spans(array("Q", lengths), percent / 100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sickbay.reference.tokens.CHUNK", 46)
+        patch.setattr("sickbay.reference.data.tokens.CHUNK", 46)
         move(folder / "all", spans, folder / "val", 257)
     taken = np.zeros(len(tokens), dtype=bool)
     for begin, end in spans:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
-from sickbay.reference import filters
-from sickbay.reference.decoding import Decoding, penalised, sharpen
+from sickbay.reference.generation import filters
+from sickbay.reference.generation.decoding import Decoding, penalised, sharpen
 
 
 def logits_of(rows: int = 64, vocabulary: int = 50, seed: int = 0) -> Tensor:
@@ -103,7 +103,7 @@ def test_filters_one_after_another_in_their_order(settings: dict[str, Any]) -> N
 
 
 def filtered(scores: Tensor, ids: Tensor, decoding: Decoding) -> Tensor:
-    from sickbay.reference.decoding import shortened
+    from sickbay.reference.generation.decoding import shortened
 
     kept, chosen = shortened(scores, ids, decoding)
     return kept if chosen is None else torch.full_like(scores, -math.inf).scatter(1, chosen, kept)

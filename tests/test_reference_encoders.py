@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sickbay.reference.cache import Cache
-from sickbay.reference.config import Config
-from sickbay.reference.decoding import Decoding
-from sickbay.reference.encoder import Encoder
-from sickbay.reference.encoder_decoder import EncoderDecoder
-from sickbay.reference.generate import generate
-from sickbay.reference.model import Transformer
+from sickbay.reference.generation.decoding import Decoding
+from sickbay.reference.generation.generate import generate
+from sickbay.reference.models.cache import Cache
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder import Encoder
+from sickbay.reference.models.encoder_decoder import EncoderDecoder
+from sickbay.reference.models.model import Transformer
 
 TINY = Config(dim=16, num_layers=2, num_heads=2, vocab_size=11, context=12)
 STYLES = [

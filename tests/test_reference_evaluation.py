@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sickbay.reference import card, closing
-from sickbay.reference.batches import spread_batches
-from sickbay.reference.config import Config
-from sickbay.reference.evaluation import Baselines, Evaluation, Manner, baselines, evaluate, manner, pieces
-from sickbay.reference.flops import training_flops_per_token
-from sickbay.reference.model import Transformer
-from sickbay.reference.outlook import line, outlook
-from sickbay.reference.tokenizer import CharTokenizer
+from sickbay.reference.data.batches import spread_batches
+from sickbay.reference.evaluation import card, closing
+from sickbay.reference.evaluation.evaluation import Baselines, Evaluation, Manner, baselines, evaluate, manner, pieces
+from sickbay.reference.evaluation.flops import training_flops_per_token
+from sickbay.reference.evaluation.outlook import line, outlook
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.text.tokenizer import CharTokenizer
 
 
 class Table(nn.Module):

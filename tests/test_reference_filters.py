@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sickbay.reference import filters
-from sickbay.reference.decoding import Decoding, draw, next_token, sharpen
+from sickbay.reference.generation import filters
+from sickbay.reference.generation.decoding import Decoding, draw, next_token, sharpen
 
 VALUES = st.one_of(st.floats(-50, 50, width=32), st.sampled_from([-1.0, 0.0, 2.0]))  # the few bring ties
 LOGITS = st.lists(VALUES, min_size=2, max_size=40).map(lambda values: torch.tensor([values]))

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sickbay.reference.cache import Cache
-from sickbay.reference.config import Config
-from sickbay.reference.decoding import Decoding
-from sickbay.reference.generate import generate, generate_plainly
-from sickbay.reference.model import Transformer
-from sickbay.reference.reader import Reader
+from sickbay.reference.generation.decoding import Decoding
+from sickbay.reference.generation.generate import generate, generate_plainly
+from sickbay.reference.generation.reader import Reader
+from sickbay.reference.models.cache import Cache
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
 
 PAD = 0
 SHAPES: dict[str, dict[str, Any]] = {

@@ -16,13 +16,13 @@ from test_reference_generate import transformer
 from sickbay.cli import conversation, train
 from sickbay.cli import generate as command
 from sickbay.core.errors import UsageError
-from sickbay.reference import complete
-from sickbay.reference.beam import Beams, beam_search
-from sickbay.reference.complete import Piece, encoded
-from sickbay.reference.decoding import Decoding
-from sickbay.reference.generate import generate
-from sickbay.reference.model import Transformer
-from sickbay.reference.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from sickbay.reference.generation import complete
+from sickbay.reference.generation.beam import Beams, beam_search
+from sickbay.reference.generation.complete import Piece, encoded
+from sickbay.reference.generation.decoding import Decoding
+from sickbay.reference.generation.generate import generate
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 WORDS = CharTokenizer("abcdefghij\n")
 

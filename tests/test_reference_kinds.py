@@ -13,15 +13,15 @@ from running import ROOT, report, run, sickbay
 from torch import nn
 from torch.nn import functional
 
-from sickbay.reference import lora, pretrained
 from sickbay.reference.case import shipped_corpus
-from sickbay.reference.config import Config
 from sickbay.reference.data import random_batches
-from sickbay.reference.encoder import Encoder
-from sickbay.reference.encoder_decoder import EncoderDecoder
-from sickbay.reference.freeze import freeze
-from sickbay.reference.model import Transformer
-from sickbay.reference.objectives import MaskedToken, NextToken, SpanCorruption
+from sickbay.reference.data.objectives import MaskedToken, NextToken, SpanCorruption
+from sickbay.reference.models import lora, pretrained
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder import Encoder
+from sickbay.reference.models.encoder_decoder import EncoderDecoder
+from sickbay.reference.models.freeze import freeze
+from sickbay.reference.models.model import Transformer
 
 CHARACTERS, CONTEXT, STEPS = 65, 32, 60
 KINDS: dict[str, tuple[Callable[[Config], nn.Module], Any]] = {

@@ -7,8 +7,8 @@ import torch
 from test_reference_generate import SHAPES, ids_of, transformer, written
 from torch import nn
 
-from sickbay.reference.decoding import Decoding
-from sickbay.reference.layout import PACKERS, HalfLinear, halve_weights, lay_out_for_reading
+from sickbay.reference.generation.decoding import Decoding
+from sickbay.reference.models.layout import PACKERS, HalfLinear, halve_weights, lay_out_for_reading
 
 packs = pytest.mark.skipif(not PACKERS & set(torch.backends.quantized.supported_engines), reason="torch cannot pack float16 here")
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sickbay.core.errors import UsageError
-from sickbay.reference import lora, pretrained
-from sickbay.reference.config import Config
-from sickbay.reference.encoder_decoder import EncoderDecoder
-from sickbay.reference.freeze import freeze
-from sickbay.reference.loss import next_token_loss
-from sickbay.reference.model import Transformer
+from sickbay.reference.models import lora, pretrained
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder_decoder import EncoderDecoder
+from sickbay.reference.models.freeze import freeze
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.training.loss import next_token_loss
 
 TINY = Config(dim=16, num_layers=2, num_heads=2, vocab_size=11, context=12, activation="swiglu", bias=True)
 

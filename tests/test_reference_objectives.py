@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sickbay.reference.objectives import MaskedToken, NextToken, SpanCorruption, segments
-from sickbay.reference.pairs import Translation, read_pairs
-from sickbay.reference.tokenizer import CharTokenizer
+from sickbay.reference.data.objectives import MaskedToken, NextToken, SpanCorruption, segments
+from sickbay.reference.data.pairs import Translation, read_pairs
+from sickbay.reference.text.tokenizer import CharTokenizer
 
 VOCAB = 50
 

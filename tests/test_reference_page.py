@@ -32,20 +32,20 @@ def test_every_quotation_stands_in_its_file() -> None:
 
 
 def test_a_stale_quotation_is_seen() -> None:
-    ((file, lines),) = quotations("```python sickbay/reference/config.py\n    dim: int = 129\n```\n")
+    ((file, lines),) = quotations("```python sickbay/reference/models/config.py\n    dim: int = 129\n```\n")
     assert not stands_in(lines, ROOT / file)
     assert stands_in("dim: int = 128\nnum_layers: int = 4\n", ROOT / file)
 
 
 def test_every_file_in_the_table_is_there() -> None:
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    names = re.findall(r"`([a-z_0-9]+(?:\.py|/))`", "\n".join(rows))
+    names = re.findall(r"`([a-z_0-9/]+(?:\.py|/))`", "\n".join(rows))
     assert len(names) > 12
     assert [name for name in names if not (REFERENCE / name).exists()] == []
 
 
 def test_what_the_page_says_of_a_refusal_is_what_is_said() -> None:
-    from sickbay.reference.config import Config
+    from sickbay.reference.models.config import Config
 
     try:
         Config(dim=128, num_heads=3)

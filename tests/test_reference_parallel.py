@@ -19,12 +19,12 @@ from torch import nn
 from sickbay.blueprint import blueprint
 from sickbay.core.errors import UsageError
 from sickbay.core.shares import share
-from sickbay.reference import checkpoint, shards
-from sickbay.reference.config import Config
-from sickbay.reference.model import Transformer
-from sickbay.reference.recipe import Recipe
-from sickbay.reference.sources import shipped_text
-from sickbay.reference.world import World, rows_by_process, together
+from sickbay.reference.data.sources import shipped_text
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.processes.world import World, rows_by_process, together
+from sickbay.reference.saving import checkpoint, shards
+from sickbay.reference.settings.recipe import Recipe
 
 KINDS = ("ddp", "fsdp", "tp")
 CASES = tuple(f"{config} {optimizer}" for config, optimizer in itertools.product(("shared-heads", "biased"), ("adamw", "muon")))

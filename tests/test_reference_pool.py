@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sickbay.reference.pool import Pool, StillNeeded
+from sickbay.reference.training.pool import Pool, StillNeeded
 
 
 def test_a_buffer_that_came_back_is_lent_again_in_another_shape_and_dtype() -> None:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sickbay.core.errors import UsageError
-from sickbay.reference import pretrained
-from sickbay.reference.config import Config
-from sickbay.reference.encoder import Encoder
-from sickbay.reference.model import Transformer
-from sickbay.reference.tokenizer import CharTokenizer
+from sickbay.reference.models import pretrained
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder import Encoder
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.text.tokenizer import CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 

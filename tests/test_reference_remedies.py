@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sickbay.cli import train as train_command
-from sickbay.reference import checkpoint, data, train
-from sickbay.reference.config import Config
-from sickbay.reference.ema import averaged
-from sickbay.reference.evaluation import evaluate
-from sickbay.reference.loss import next_token_loss
-from sickbay.reference.machine import demand_compiler, processor
-from sickbay.reference.model import Transformer
-from sickbay.reference.muon import QUINTIC, ROUNDS, orthogonalized
-from sickbay.reference.optimizer import hidden_matrices, make_adamw, make_optimizer, set_learning_rate
-from sickbay.reference.precision import autocast, make_scaler, slow_here
-from sickbay.reference.recipe import Recipe
-from sickbay.reference.recompute import recompute
-from sickbay.reference.schedule import learning_rate_at
-from sickbay.reference.stopping import Patience
+from sickbay.reference import data, train
+from sickbay.reference.evaluation.evaluation import evaluate
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.saving import checkpoint
+from sickbay.reference.settings.recipe import Recipe
+from sickbay.reference.training.ema import averaged
+from sickbay.reference.training.loss import next_token_loss
+from sickbay.reference.training.machine import demand_compiler, processor
+from sickbay.reference.training.muon import QUINTIC, ROUNDS, orthogonalized
+from sickbay.reference.training.optimizer import hidden_matrices, make_adamw, make_optimizer, set_learning_rate
+from sickbay.reference.training.precision import autocast, make_scaler, slow_here
+from sickbay.reference.training.recompute import recompute
+from sickbay.reference.training.schedule import learning_rate_at
+from sickbay.reference.training.stopping import Patience
 
 TINY = Config(dim=16, num_layers=5, num_heads=2, vocab_size=11, context=12, dropout=0.3)
 SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2", "--dropout", "0.1")

@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 
 from sickbay.cli import train as train_command
 from sickbay.core.errors import UsageError
-from sickbay.reference import checkpoint, data, durable, interrupt, random_states, train
+from sickbay.reference import data, train
+from sickbay.reference.saving import checkpoint, durable, random_states
+from sickbay.reference.training import interrupt
 
 SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2", "--dropout", "0.1")
 

@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 
 from sickbay.cli import train as train_command
 from sickbay.core.errors import UsageError
-from sickbay.reference import checkpoint, data, flags, settings
-from sickbay.reference.config import Config
-from sickbay.reference.model import Transformer
-from sickbay.reference.presets import PRESETS
-from sickbay.reference.recipe import Recipe
+from sickbay.reference import data
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.saving import checkpoint
+from sickbay.reference.settings import flags, settings
+from sickbay.reference.settings.presets import PRESETS
+from sickbay.reference.settings.recipe import Recipe
 
 SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2", "--eval-every", "0")
 

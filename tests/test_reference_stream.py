@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reference_generate import transformer
 
-from sickbay.reference.beam import Beams
-from sickbay.reference.bpe import train_bpe
-from sickbay.reference.complete import complete, search, write
-from sickbay.reference.decoding import Decoding
-from sickbay.reference.stream import MOST_BYTES, TextStream
-from sickbay.reference.tokenizer import ByteTokenizer, CharTokenizer
+from sickbay.reference.generation.beam import Beams
+from sickbay.reference.generation.complete import complete, search, write
+from sickbay.reference.generation.decoding import Decoding
+from sickbay.reference.generation.stream import MOST_BYTES, TextStream
+from sickbay.reference.text.bpe import train_bpe
+from sickbay.reference.text.tokenizer import ByteTokenizer, CharTokenizer
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\N{REPLACEMENT CHARACTER}"), max_size=12)
 BYTES = ByteTokenizer()

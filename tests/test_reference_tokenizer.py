@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sickbay.core.errors import UsageError
-from sickbay.reference import tokenizer as kinds
-from sickbay.reference.bpe import LibraryTokenizer, train_bpe
-from sickbay.reference.tokenizer import ByteTokenizer, CharTokenizer
+from sickbay.reference.text import tokenizer as kinds
+from sickbay.reference.text.bpe import LibraryTokenizer, train_bpe
+from sickbay.reference.text.tokenizer import ByteTokenizer, CharTokenizer
 from tests.known_tokenizers import OTHER, TEXT, bert, gpt2, llama2, llama3, unigram
 
 WORDS = [

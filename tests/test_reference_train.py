@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from sickbay.cli import generate as generate_command
 from sickbay.cli import train as train_command
 from sickbay.core.errors import UsageError
-from sickbay.reference import checkpoint, data, durable, train
-from sickbay.reference.evaluation import evaluate
+from sickbay.reference import data, train
+from sickbay.reference.evaluation.evaluation import evaluate
+from sickbay.reference.saving import checkpoint, durable
 
 SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2", "--dropout", "0.1")
 

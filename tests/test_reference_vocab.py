@@ -22,14 +22,15 @@ from safetensors.torch import load_file
 from sickbay.cli import main as command_line
 from sickbay.cli import vocab as vocab_command
 from sickbay.core.errors import UsageError
-from sickbay.reference import checkpoint, prune, vocab
-from sickbay.reference.bpe import LibraryTokenizer
-from sickbay.reference.config import Config
-from sickbay.reference.model import Transformer
-from sickbay.reference.prune import Pruned
-from sickbay.reference.prune_checkpoint import prune_checkpoint
-from sickbay.reference.sources import Text
-from sickbay.reference.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load
+from sickbay.reference.data.sources import Text
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.saving import checkpoint
+from sickbay.reference.text import prune, vocab
+from sickbay.reference.text.bpe import LibraryTokenizer
+from sickbay.reference.text.prune import Pruned
+from sickbay.reference.text.prune_checkpoint import prune_checkpoint
+from sickbay.reference.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load
 from tests.known_tokenizers import TEXT, bert, gpt2, llama2, llama3
 
 PLAY = TEXT[:3000]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sickbay.reference.decoding import Decoding
-    from sickbay.reference.model import Transformer
-    from sickbay.reference.tokenizer import Tokenizer
+    from sickbay.reference.generation.decoding import Decoding
+    from sickbay.reference.models.model import Transformer
+    from sickbay.reference.text.tokenizer import Tokenizer
 
 MARK = "> "
 NEW = "/new"
@@ -18,7 +18,7 @@ HINT = f"The model goes on from each line; \\n in it is a line end, {NEW} forget
 
 def converse(model: Transformer, tokenizer: Tokenizer, count: int, decoding: Decoding, seed: int, stop: Sequence[str]) -> int:
     """0 at the end of the lines. Answer number n is drawn with `seed` + n; a line that has no ids is refused and asked for again."""
-    from sickbay.reference.complete import write
+    from sickbay.reference.generation.complete import write
 
     said = ""
     for number, line in enumerate(_lines()):

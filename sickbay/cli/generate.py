@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from sickbay.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from sickbay.reference.complete import Completion, Piece
-    from sickbay.reference.decoding import Decoding
-    from sickbay.reference.model import Transformer
-    from sickbay.reference.tokenizer import Tokenizer
+    from sickbay.reference.generation.complete import Completion, Piece
+    from sickbay.reference.generation.decoding import Decoding
+    from sickbay.reference.models.model import Transformer
+    from sickbay.reference.text.tokenizer import Tokenizer
 
 NAME = "generate"
 PROMPT = "\n"
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     _demand_sensible(args)
     import torch
 
-    from sickbay.reference.complete import collect, write
+    from sickbay.reference.generation.complete import collect, write
 
     try:
         decoding = _decoding(args)
@@ -104,10 +104,12 @@ def load(path: Path, device: str, weights: str) -> tuple[Transformer, Tokenizer]
 
     Raises OSError, ValueError, UsageError.
     """
-    from sickbay.reference import checkpoint, layout, tokenizer
+    from sickbay.reference.models import layout
+    from sickbay.reference.saving import checkpoint
+    from sickbay.reference.text import tokenizer
 
     if (path / "config.json").is_file():
-        from sickbay.reference import pretrained
+        from sickbay.reference.models import pretrained
 
         model, file = pretrained.load(path)
         if file is None:
@@ -148,7 +150,7 @@ def _demand_sensible(args: argparse.Namespace) -> None:
 
 
 def _decoding(args: argparse.Namespace) -> Decoding:
-    from sickbay.reference.decoding import Decoding
+    from sickbay.reference.generation.decoding import Decoding
 
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)}
     temperature = 0.0 if args.beams is not None else TEMPERATURE
@@ -176,8 +178,8 @@ def _shown(pieces: Iterable[Piece]) -> Iterable[Piece]:
 
 def _search(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, prompts: list[str], decoding: Decoding) -> list[Completion]:
     """The best `--num` texts of each prompt, which `prompts` names so often."""
-    from sickbay.reference.beam import Beams
-    from sickbay.reference.complete import search
+    from sickbay.reference.generation.beam import Beams
+    from sickbay.reference.generation.complete import search
 
     beams = Beams(args.beams, 1.0 if args.length_penalty is None else args.length_penalty, args.early_stopping)
     return [text for texts in search(model, tokenizer, prompts[:: args.num], args.tokens, beams, decoding) for text in texts[: args.num]]

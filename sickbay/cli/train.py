@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 from sickbay.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from sickbay.reference.checkpoint import State
     from sickbay.reference.data import Corpus
-    from sickbay.reference.settings import Settings, Tables
+    from sickbay.reference.saving.checkpoint import State
+    from sickbay.reference.settings.settings import Settings, Tables
     from sickbay.reference.train import Result
 
 NAME = "train"
@@ -36,8 +36,8 @@ MADE = ("chars", "bytes", "bpe")  # tokenizers that are no path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options stand in `parser`."""
-    from sickbay.reference import flags
-    from sickbay.reference.presets import PRESETS
+    from sickbay.reference.settings import flags
+    from sickbay.reference.settings.presets import PRESETS
 
     parser.usage = "sickbay train [TEXT ...] [--preset NAME] [--config FILE] [--out DIR] [any setting below]"
     parser.add_argument("text", metavar="TEXT", nargs="*", help="UTF-8 text files, JSONL files, folders of them, or - for stdin")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """0 when the model is trained and saved, 1 when its loss is no longer finite. Raises UsageError."""
-    from sickbay.reference import settings as settings_of
+    from sickbay.reference.settings import settings as settings_of
 
     asked, texts = _asked(args)
     if args.resume and args.out is None:
@@ -68,9 +68,9 @@ def main(args: argparse.Namespace) -> int:
     earlier = None if args.find_lr else _earlier(out, args.resume)
 
     from sickbay.reference import train
-    from sickbay.reference.interrupt import Stopped
-    from sickbay.reference.precision import slow_here
-    from sickbay.reference.world import together
+    from sickbay.reference.processes.world import together
+    from sickbay.reference.training.interrupt import Stopped
+    from sickbay.reference.training.precision import slow_here
 
     try:
         # The whole command is checked before anything is written.
@@ -134,8 +134,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _show_card(settings: Settings, out: Path, corpus: Corpus, result: Result, device: str) -> None:
     """The card of the run stands on stdout."""
-    from sickbay.reference import card, checkpoint, closing, data
-    from sickbay.reference.evaluation import Evaluation
+    from sickbay.reference import data
+    from sickbay.reference.evaluation import card, closing
+    from sickbay.reference.evaluation.evaluation import Evaluation
+    from sickbay.reference.saving import checkpoint
 
     recipe, config = settings.recipe, settings.model
     model = checkpoint.load_weights(checkpoint.read(Path(result.checkpoint)), device, averaged=recipe.ema is not None)
@@ -166,8 +168,8 @@ def _show_card(settings: Settings, out: Path, corpus: Corpus, result: Result, de
 
 def _asked(args: argparse.Namespace) -> tuple[Tables, tuple[str, ...]]:
     """(the settings asked for, each by the highest that names it, the texts). Raises UsageError."""
-    from sickbay.reference import flags, settings
-    from sickbay.reference.presets import PRESETS
+    from sickbay.reference.settings import flags, settings
+    from sickbay.reference.settings.presets import PRESETS
 
     tables, texts, preset = settings.read(args.config) if args.config else ({}, (), None)
     preset = args.preset or preset
@@ -185,7 +187,7 @@ def _asked(args: argparse.Namespace) -> tuple[Tables, tuple[str, ...]]:
 
 def _earlier(out: Path, resume: bool) -> State | None:
     """The checkpoint to go on from, None for a new run. Raises UsageError where the two cannot be told apart safely."""
-    from sickbay.reference import checkpoint
+    from sickbay.reference.saving import checkpoint
 
     try:
         checkpoint.find(out)
@@ -203,7 +205,7 @@ def _earlier(out: Path, resume: bool) -> State | None:
 
 def _continued(earlier: State, out: Path, asked: Tables, texts: tuple[str, ...]) -> Settings:
     """The settings of `earlier`, only --steps (and what does not touch the numbers) changed. Raises UsageError otherwise."""
-    from sickbay.reference import settings
+    from sickbay.reference.settings import settings
 
     kept, kept_texts, _ = settings.read(out / settings.FILE) if (out / settings.FILE).is_file() else ({}, (), None)
     recorded = {**kept, "model": dataclasses.asdict(earlier.config), "recipe": earlier.recipe}
@@ -245,7 +247,7 @@ def _corpus(settings: Settings, out: Path, earlier: State | None) -> Corpus:
 
 def _forget(out: Path) -> None:
     """The folder of a run that never began is as it was."""
-    from sickbay.reference.settings import FILE
+    from sickbay.reference.settings.settings import FILE
 
     (out / FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -254,7 +256,7 @@ def _forget(out: Path) -> None:
 
 def _shaped_as_trained(settings: Settings, asked: Tables) -> Settings:
     """`settings` with shape and tokenizer of the trained model it starts from. Raises UsageError where another shape was asked for."""
-    from sickbay.reference import start
+    from sickbay.reference.training import start
 
     folder = Path(settings.recipe.from_pretrained or "")
     shape, tokenizer = start.shape_of(folder)
@@ -285,7 +287,7 @@ def _find_learning_rate(settings: Settings, asked: Tables, device: str, as_json:
     """0 when the table of tried learning rates is printed; nothing is kept."""
     import tempfile
 
-    from sickbay.reference import find_lr
+    from sickbay.reference.training import find_lr
 
     with tempfile.TemporaryDirectory() as folder:
         corpus = _corpus(settings, Path(folder) / "run", None)

@@ -20,8 +20,8 @@ from sickbay.core.errors import UsageError
 from sickbay.core.plan import gibibytes
 
 if TYPE_CHECKING:
-    from sickbay.reference.sources import Text
-    from sickbay.reference.vocab import Cost, Use
+    from sickbay.reference.data.sources import Text
+    from sickbay.reference.text.vocab import Cost, Use
 
 NAME = "vocab"
 FLOAT_BYTES = 4
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """0 when the statistics are told or the new checkpoint is written. Raises UsageError."""
-    from sickbay.reference.sources import Text
+    from sickbay.reference.data.sources import Text
 
     text = Text.at(args.text, args.field)
     try:
@@ -61,8 +61,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace, text: Text) -> int:
-    from sickbay.reference import vocab
-    from sickbay.reference.tokenizer import load
+    from sickbay.reference.text import vocab
+    from sickbay.reference.text.tokenizer import load
 
     if args.dim is not None and args.dim < 1:
         raise UsageError(f"--dim is {args.dim}; it must be at least 1")
@@ -88,7 +88,7 @@ def _stats(args: argparse.Namespace, text: Text) -> int:
 
 
 def _prune(args: argparse.Namespace, text: Text) -> int:
-    from sickbay.reference.prune_checkpoint import prune_checkpoint
+    from sickbay.reference.text.prune_checkpoint import prune_checkpoint
 
     _tokenizer_place(args.checkpoint)
     made = prune_checkpoint(args.checkpoint, text, args.out, args.keep)
@@ -109,7 +109,7 @@ def _tokenizer_place(path: Path) -> Path:
         return path
     if not path.exists():
         raise UsageError(f"nothing at {path}; give a tokenizer.json, a checkpoint of `sickbay train` or a transformers folder")
-    from sickbay.reference import checkpoint
+    from sickbay.reference.saving import checkpoint
 
     try:
         return checkpoint.find(path)

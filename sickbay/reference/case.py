@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.reference import data, train
-from sickbay.reference.config import Config
 from sickbay.reference.data import Batch
-from sickbay.reference.evaluation import evaluate
-from sickbay.reference.loss import next_token_loss, token_shares
-from sickbay.reference.model import Transformer
-from sickbay.reference.optimizer import make_adamw, set_learning_rate
-from sickbay.reference.schedule import learning_rate_at
+from sickbay.reference.evaluation.evaluation import evaluate
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.training.loss import next_token_loss, token_shares
+from sickbay.reference.training.optimizer import make_adamw, set_learning_rate
+from sickbay.reference.training.schedule import learning_rate_at
 
 CORPUS_CHARACTERS = 100_000
 EVAL_BATCHES = 4

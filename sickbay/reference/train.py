@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sickbay.reference import checkpoint, data
-from sickbay.reference.config import Config
-from sickbay.reference.data_settings import DataSettings
-from sickbay.reference.evaluation import Evaluation, evaluate
-from sickbay.reference.interrupt import Stopped, on_request
-from sickbay.reference.loss import next_token_loss, token_shares
-from sickbay.reference.machine import processor
-from sickbay.reference.optimizer import set_learning_rate
-from sickbay.reference.parallel import accumulating, clip_gradients
-from sickbay.reference.parts import Keeper, begin
-from sickbay.reference.precision import autocast
-from sickbay.reference.progress import Progress
-from sickbay.reference.recipe import Recipe
-from sickbay.reference.schedule import scheduled
-from sickbay.reference.world import ALONE, World
+from sickbay.reference import data
+from sickbay.reference.evaluation.evaluation import Evaluation, evaluate
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.parts import Keeper, begin
+from sickbay.reference.processes.parallel import accumulating, clip_gradients
+from sickbay.reference.processes.world import ALONE, World
+from sickbay.reference.saving import checkpoint
+from sickbay.reference.settings.data_settings import DataSettings
+from sickbay.reference.settings.recipe import Recipe
+from sickbay.reference.training.interrupt import Stopped, on_request
+from sickbay.reference.training.loss import next_token_loss, token_shares
+from sickbay.reference.training.machine import processor
+from sickbay.reference.training.optimizer import set_learning_rate
+from sickbay.reference.training.precision import autocast
+from sickbay.reference.training.progress import Progress
+from sickbay.reference.training.schedule import scheduled
 
 BEST = "best"  # folder in the run's folder for the checkpoint of the lowest validation loss
 

@@ -1,0 +1,1 @@
+"""What is trained: shapes, blocks, the three transformers, and foreign checkpoints."""

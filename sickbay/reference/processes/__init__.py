@@ -1,0 +1,1 @@
+"""The same loop on several processes."""

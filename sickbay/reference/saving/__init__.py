@@ -1,0 +1,1 @@
+"""Checkpoints that survive kills, damage and full disks."""

@@ -1,0 +1,1 @@
+"""What may be set, checked, named, and kept beside a run."""

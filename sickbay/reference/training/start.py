@@ -1,0 +1,61 @@
+"""The model a run starts from: drawn at random or already trained, the whole of it trained or a part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sickbay.core.errors import UsageError
+from sickbay.reference.models import lora, pretrained
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.freeze import freeze
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.saving import checkpoint
+from sickbay.reference.settings.recipe import Recipe, listed
+
+
+def starting_model(config: Config, recipe: Recipe, *, fresh: bool = True) -> Transformer:
+    """A model of shape `config` with the recipe's adapters, its frozen parts frozen. Raises UsageError.
+
+    `fresh`: False = a checkpoint will bring the weights, so that none are read.
+    """
+    if fresh and recipe.from_pretrained is not None:
+        model = trained_model(Path(recipe.from_pretrained), config)
+    else:
+        model = Transformer(config)
+    if recipe.lora_rank is not None:
+        lora.apply(model, recipe.lora_rank, recipe.lora_alpha, listed(recipe.lora_targets))
+    if recipe.freeze is not None:
+        freeze(model, listed(recipe.freeze))
+    return model
+
+
+def shape_of(folder: Path) -> tuple[Config, Path | None]:
+    """(shape, tokenizer.json) of the trained model in `folder`, one of `sickbay train` or of transformers. Raises UsageError."""
+    if _is_ours(folder):
+        state = checkpoint.read(folder)
+        return state.config, state.folder / pretrained.TOKENIZER
+    tokenizer = folder / pretrained.TOKENIZER
+    return pretrained.config_of(folder), tokenizer if tokenizer.is_file() else None
+
+
+def trained_model(folder: Path, config: Config) -> Transformer:
+    """The trained model in `folder` with the context and the dropout of `config`. Raises UsageError."""
+    if not _is_ours(folder):
+        return pretrained.load(folder, context=config.context, dropout=config.dropout, pad_id=config.pad_id)[0]
+    state = checkpoint.read(folder)
+    held = checkpoint.load_weights(state, averaged=checkpoint.has_average(state)).state_dict()
+    if state.config.positions == "learned":
+        if config.context > state.config.context:
+            raise UsageError(f"context is {config.context}; {folder} has learned positions up to {state.config.context}")
+        held["position_embedding.weight"] = held["position_embedding.weight"][: config.context]
+    model = Transformer(config)
+    model.load_state_dict(held)
+    return model
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        checkpoint.find(folder)
+    except FileNotFoundError:
+        return False
+    return True
