@@ -93,9 +93,9 @@ class Losses:
             self._training_loss(call)
             if value.numel() == 1 and value.device.type == "cpu" and len(self._pending) < _MAX_EVALUATED:
                 self._pending.append((_asked(call), per_target(call), call.evaluating))
-        elif value.numel() == 1:
+        else:
             self.patient.losses.pop()  # an evaluation's tensors must not be kept alive
-            if value.device.type == "cpu":
+            if value.device.type == "cpu" and (value.numel() == 1 or call.reduction == "none") and value.numel():
                 self._evaluation(_asked(call), per_target(call), call.targets.numel())
         self.loop.emit("loss", call)
 
@@ -163,7 +163,7 @@ class Losses:
 
 def _asked(call: LossCall) -> str:
     """What the loss is of: the function, and the number of classes or of features."""
-    reduction = "mean" if _summed(call) else call.reduction
+    reduction = "mean" if _summed(call) or call.reduction == "none" else call.reduction
     return f"{call.name} {reduction} of {call.logits.shape[1] if call.logits.dim() > 1 else 1}"
 
 
@@ -173,9 +173,11 @@ def _summed(call: LossCall) -> bool:
 
 
 def per_target(call: LossCall) -> float:
-    """The scalar loss of `call`; of a sum over class targets, the mean over those that count. One pass over the targets."""
-    value = call.value.item()
-    if not _summed(call):
+    """The loss of `call`; of a sum or of single losses over class targets, the mean over those that count. One pass over the targets."""
+    if call.reduction == "none" and (call.name not in _CLASSIFYING or call.targets.is_floating_point()):
+        return float(call.value.mean())
+    value = float(call.value.sum())
+    if not _summed(call) and call.reduction != "none":
         return value
     counted = int((call.targets != call.ignore_index).sum())
     return value / counted if counted else value
