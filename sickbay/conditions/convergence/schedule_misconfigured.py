@@ -89,8 +89,7 @@ def _length_wrong(chart: Chart, scheduler: Reading, rates: Rates, built: str) ->
     note, taken = scheduler.note, scheduler.value
     updates, planned, warmup = note["updates"], note["planned"] or 0, note["warmup"] or 0
     each = round(taken / updates)
-    mostly_ramp = updates >= FEW and warmup >= RAMP_SHARE * planned
-    if warmup > taken and planned and (mostly_ramp or (updates >= MANY and _small_updates(chart, rates))):
+    if warmup > taken and updates >= FEW and planned and warmup >= RAMP_SHARE * planned:
         text = f"{scheduler.where} warms up for {warmup} of the {planned:,.0f} steps it was built for: the warm-up is longer than the run"
         return _found(scheduler, text, 0, rates)
     micro = round(chart["backwards_since_step"].median()) if len(chart["backwards_since_step"]) else 1
