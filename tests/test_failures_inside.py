@@ -86,7 +86,7 @@ def undisturbed() -> str:
 def no_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exams answer nothing, at once."""
     for module, name in EXAMS:
-        monkeypatch.setattr(module, name, lambda *_: NoAnswer("not asked"))
+        monkeypatch.setattr(module, name, lambda *_, **__: NoAnswer("not asked"))
 
 
 EXAMS = (
