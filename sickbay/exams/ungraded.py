@@ -54,7 +54,8 @@ class Ungraded:
         if operands and all(tensor.numel() <= MAX_ELEMENTS for tensor in (*operands, result)):
             called = getattr(function, "__name__", "")
             writes = called.startswith("__i") or (called.endswith("_") and not called.endswith("__"))
-            name, named = called.strip("_"), list(zip(("self", "other", "third"), operands))
+            # Without their history: a graph, or a weight that the script replaces, must not outlive its place in the script.
+            name, named = called.strip("_"), [(each, tensor.detach()) for each, tensor in zip(("self", "other", "third"), operands)]
             self._calls.append(Birth(_NAMES.get(name, name), named, result.detach(), user_line(), writes))
 
     def forget(self) -> None:

@@ -58,7 +58,7 @@ def inject(case: Any) -> Any:
     """Six narrow blocks and very many rows."""
     from dataclasses import replace
 
-    return case.but(config=replace(case.config, num_layers=6), batch_size=512, steps=4, eval_every=0)
+    return case.but(config=replace(case.config, num_layers=6), batch_size=640, steps=4, eval_every=0)
 
 
 condition = Condition(
