@@ -45,6 +45,9 @@ class ForwardCall:
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
+CLASSIFYING = ("cross_entropy", "nll_loss")  # losses over classes: their targets are numbers of classes, or shares of them
+
+
 @dataclass
 class LossCall:
     """One call of a loss function: `logits` as given, `targets` as given; `name` is the functional's name.
@@ -73,6 +76,16 @@ class LossCall:
         self.logits, self.value = self.logits.detach(), self.value.detach()
         if self.logits.nbytes > _MAX_LOGITS:
             self.let_go()
+
+    @property
+    def classifies(self) -> bool:
+        """True for a loss over classes."""
+        return self.name in CLASSIFYING
+
+    @property
+    def by_class(self) -> bool:
+        """True for a loss over classes whose targets are their numbers."""
+        return self.classifies and not self.targets.is_floating_point()
 
     def let_go(self) -> None:
         """The logits' memory is held no more: only shape and dtype are known."""

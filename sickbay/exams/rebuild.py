@@ -70,7 +70,7 @@ def again(call: LossCall, logits: Tensor) -> Tensor | None:
     if function is None:
         return None
     extra: dict[str, Any] = {"reduction": call.reduction}
-    if call.name in ("cross_entropy", "nll_loss"):
+    if call.classifies:
         extra["ignore_index"] = call.ignore_index
     if call.name == "cross_entropy":
         extra["label_smoothing"] = call.smoothing

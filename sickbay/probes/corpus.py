@@ -61,7 +61,7 @@ class Corpus:
             return
         losses = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
         calls = [call for call in self.patient.training_calls() if not call.spent]
-        if not losses or not calls or losses[-1].name not in ("cross_entropy", "nll_loss"):
+        if not losses or not calls or not losses[-1].classifies:
             return
         self._tried += 1
         with self._purse.paying():

@@ -33,7 +33,6 @@ class Guessing:
         self._source = ""
         self._several = False
         self._step = -1
-        self._looks = 0
         self._counts: Tensor | None = None
         self._rows = 0
 
@@ -57,36 +56,32 @@ class Guessing:
         """The entropy of the classes' frequencies, in nats."""
         classes = call.logits.shape[1] if call.logits.dim() > 1 else 0
         counted = targets[targets != call.ignore_index]
-        if call.name not in ("cross_entropy", "nll_loss") or not 1 < classes <= _CLASSES or not counted.numel():
+        if not call.classifies or not 1 < classes <= _CLASSES or not counted.numel():
             return None
-        if not self._add(torch.bincount(counted.flatten(), minlength=classes)[:classes].double(), counted.numel()):
-            return None
-        assert self._counts is not None
-        if self._rows < _ENOUGH * classes:
-            return None
-        share = self._counts / self._rows
-        return float(-(share * share.clamp_min(1e-300).log()).sum())
+        share = self._shares(torch.bincount(counted.flatten(), minlength=classes)[:classes].double(), counted.numel(), _ENOUGH * classes)
+        return None if share is None else float(_surprise(share).sum())
 
     def _of_answers(self, call: LossCall, targets: Tensor) -> float | None:
         """The mean over columns of the entropy of yes and no, in nats."""
         if call.name not in _BINARY or targets.shape != call.logits.shape or not bool(((targets == 0) | (targets == 1)).all()):
             return None
         rows = targets.reshape(len(targets), -1) if targets.dim() else targets.reshape(1, 1)
-        if not self._add(rows.double().sum(0), len(rows)) or self._rows < _ENOUGH:
-            return None
-        assert self._counts is not None
-        share = self._counts / self._rows
-        no = 1 - share
-        return float(-(share * share.clamp_min(1e-300).log() + no * no.clamp_min(1e-300).log()).mean())
+        share = self._shares(rows.double().sum(0), len(rows), _ENOUGH)
+        return None if share is None else float((_surprise(share) + _surprise(1 - share)).mean())
 
-    def _add(self, counts: Tensor, rows: int) -> bool:
-        """The batch is counted; False where it is of another kind than those before."""
+    def _shares(self, counts: Tensor, rows: int, fewest: int) -> Tensor | None:
+        """How often each came so far, this batch counted; None before `fewest` rows, and of a batch of another kind than those before."""
         if self._counts is not None and self._counts.shape != counts.shape:
             self._several = True
-            return False
+            return None
         self._counts = counts if self._counts is None else self._counts + counts
         self._rows += rows
-        return True
+        return self._counts / self._rows if self._rows >= fewest else None
+
+
+def _surprise(share: Tensor) -> Tensor:
+    """What each share adds to an entropy, in nats; 0 of nothing."""
+    return -share * share.clamp_min(1e-300).log()
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:

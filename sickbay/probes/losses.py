@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sickbay.core.passes import highest_pass
 from sickbay.core.record import RecordWriter
-from sickbay.patient import LossCall, Patient, user_line
+from sickbay.patient import CLASSIFYING, LossCall, Patient, user_line
 from sickbay.probes.loop import Loop
 from sickbay.probes.loss_lines import call_beside
 from sickbay.probes.unseen import interpose, unseen
@@ -31,7 +31,6 @@ _FUNCTIONS = (
     "binary_cross_entropy_with_logits",
     "kl_div",
 )
-_CLASSIFYING = ("cross_entropy", "nll_loss")
 _FIRST_READINGS = 8
 _MAX_EVALUATED = 4096  # batches of one evaluation
 
@@ -79,7 +78,7 @@ class Losses:
             name=name,
             logits=logits,
             targets=targets,
-            ignore_index=int(kwargs.get("ignore_index", args[4] if name in _CLASSIFYING and len(args) > 4 else -100)),
+            ignore_index=int(kwargs.get("ignore_index", args[4] if name in CLASSIFYING and len(args) > 4 else -100)),
             reduction=str(kwargs.get("reduction", "mean")),
             value=value,
             source=user_line(3),
@@ -100,7 +99,7 @@ class Losses:
         self.loop.emit("loss", call)
 
     def _training_loss(self, call: LossCall) -> None:
-        if call.name not in _CLASSIFYING or call.targets.is_floating_point():
+        if not call.by_class:
             return
         if not self._chance_known and call.logits.dim() >= 2:
             self._chance_known = True
@@ -136,7 +135,7 @@ class Losses:
         if loss is None or loss.numel() != 1 or loss.device.type != "cpu" or math.isfinite(loss.item()):
             return
         for call in self.patient.losses:
-            if call.name in _CLASSIFYING and not call.targets.is_floating_point():
+            if call.by_class:
                 write_ignored(self.record, call)
 
     def round_end(self, step: int) -> None:
@@ -169,12 +168,12 @@ def _asked(call: LossCall) -> str:
 
 def _summed(call: LossCall) -> bool:
     """True for a sum over class targets, which a script divides by their number afterwards, or by that of a whole accumulated batch."""
-    return call.reduction == "sum" and call.name in _CLASSIFYING and not call.targets.is_floating_point()
+    return call.reduction == "sum" and call.by_class
 
 
 def per_target(call: LossCall) -> float:
     """The loss of `call`; of a sum or of single losses over class targets, the mean over those that count. One pass over the targets."""
-    if call.reduction == "none" and (call.name not in _CLASSIFYING or call.targets.is_floating_point()):
+    if call.reduction == "none" and not call.by_class:
         return float(call.value.mean())
     value = float(call.value.sum())
     if not _summed(call) and call.reduction != "none":

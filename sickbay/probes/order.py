@@ -216,14 +216,14 @@ class Order:
             return
         call = losses[-1]
         counted = call.targets.numel()
-        if call.name in ("cross_entropy", "nll_loss") and not call.targets.is_floating_point() and (self._accumulates or self._micro):
+        if call.by_class and (self._accumulates or self._micro):
             counted = int((call.targets != call.ignore_index).sum())
         mean = call.value.item() if call.value.numel() == 1 else math.nan
         if call.reduction == "sum" and counted:
             mean /= counted
         given = loss.item() / self.patient.scale if loss.numel() == 1 else math.nan
         asked = f"{call.source} {call.name}"
-        if call.name in ("cross_entropy", "nll_loss") and call.logits.dim() > 1:
+        if call.classifies and call.logits.dim() > 1:
             asked += f" of {call.logits.shape[1]}"
         self._micro.append(MicroBatch(given, mean, counted, asked, call.targets.data_ptr()))
 

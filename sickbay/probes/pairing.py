@@ -27,7 +27,6 @@ SIGNALS = ("pairing_gain", "input_conflicts", "input_dependence")
 
 SHARE = 0.0015  # of the run's time
 FIRST = 0.02  # seconds: some dozens of looks, so that a run of seconds is seen as well
-_CLASSIFYING = ("cross_entropy", "nll_loss")
 
 
 def _squares(output: Tensor, target: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ class Pairing:
         if call.targets.device.type != "cpu" or call.reduction not in ("mean", "sum") or not call.targets.numel() or not inputs:
             return None
         count = call.targets.shape[0]
-        if call.name in _CLASSIFYING and call.targets.dim() == 1 and not any(count in tensor.shape[:2] for tensor in inputs):
+        if call.classifies and call.targets.dim() == 1 and not any(count in tensor.shape[:2] for tensor in inputs):
             sizes = [tensor.shape[0] for tensor in inputs if tensor.dim() > 1 and count % tensor.shape[0] == 0]
             if not sizes:
                 return None
@@ -142,7 +141,7 @@ class Pairing:
 
     def _training(self, call: LossCall, count: int, width: int, inputs: list[Tensor], scores: tuple[Any, Any]) -> None:
         self._rows, self._source = (count, width), call.source
-        self._classes = call.name in _CLASSIFYING
+        self._classes = call.classifies
         gain, rolled = scores
         marks = row_marks(inputs, count, len(gain))
         targets = call.targets.detach().reshape(count, width)[: len(gain)]
@@ -200,7 +199,7 @@ def gains(call: LossCall, count: int, width: int) -> tuple[NDArray[np.float64], 
     logits, targets = call.logits, call.targets.detach()
     if logits.is_meta or logits.device.type != "cpu" or targets.device.type != "cpu":
         return None
-    if call.name in _CLASSIFYING and not targets.is_floating_point() and logits.dim() >= 2:
+    if call.by_class and logits.dim() >= 2:
         classes = logits.shape[1]
         if width == 1 and classes == count and targets.unique().numel() == count:
             return None  # contrastive: a target is a place in the batch
