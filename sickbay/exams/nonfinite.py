@@ -125,20 +125,24 @@ def _trace_loss(patient: Patient, loss: Tensor | None, stretch: Stretch, here: s
     if loss is not None and loss.grad_fn is not None:
         graph = Graph(loss)
         culprit = graph.culprit()
-        given = culprit.result if culprit is not None and culprit.phase == "input" else None
-        hidden = culprit is not None and _met_what_is_not_kept(culprit)
-        birth = None
-        if ungraded is not None:
-            birth = ungraded.birth(given) if given is not None else ungraded.newest() if hidden else None
-        if birth is not None:
-            return _from_birth(birth, patient)
         if culprit is not None:
+            hidden = _met_what_is_not_kept(culprit)
+            birth = _birth_behind(culprit, hidden, ungraded) if ungraded is not None else None
+            if birth is not None:
+                return _from_birth(birth, patient)
             traced = _from_culprit(culprit, graph, patient, stretch, here)
             traced.finding.note["ungraded"] = hidden
             return traced
     if problems:
         raise RuntimeError(f"the forward pass could not be run again: {problems[0]}")
     return None
+
+
+def _birth_behind(culprit: Culprit, hidden: bool, ungraded: Ungraded) -> Birth | None:
+    """The held operation behind a value that came into the graph, or behind the one that `culprit` met and autograd does not keep."""
+    if culprit.phase == "input" and culprit.result is not None:
+        return ungraded.birth(culprit.result)
+    return ungraded.newest() if hidden else None
 
 
 def _met_what_is_not_kept(culprit: Culprit) -> bool:

@@ -67,7 +67,7 @@ class Ungraded:
 
     def newest(self) -> Birth | None:
         """The last held operation that made something non-finite out of finite operands."""
-        return next(reversed(list(self._births().values())), None)
+        return next(reversed(self._births().values()), None)
 
     def _births(self) -> dict[int, Birth]:
         """By storage: the operation behind each held result that is not finite."""
