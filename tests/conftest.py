@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import charts
 import pytest
 
 from sickbay.core.chart import Chart
+from sickbay.reference.data import shipped_text
 
 
 @pytest.fixture
 def chart() -> Callable[..., Chart]:
     """`chart(grad_norm=[1, 1.2, 60], facts={...})`; see charts.py."""
     return charts.chart
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file with the beginning of the shipped text, enough to train the smallest models on."""
+    path = tmp_path / "text.txt"
+    path.write_text(shipped_text().read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return path
 
 
 @pytest.fixture(autouse=True)

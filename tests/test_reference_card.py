@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+import commands
 import pytest
 
 from sickbay.cli import train as command
-from sickbay.reference import data
 
 SHAPE = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2")
 
 
 def run(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.main(parser.parse_args([str(word) for word in words]))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(data.shipped_text().read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return path
+    return commands.call(command, *words)
 
 
 def test_the_run_ends_with_its_card_and_the_commands_to_go_on(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

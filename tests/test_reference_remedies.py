@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from hypothesis import given, settings
@@ -254,16 +254,7 @@ def test_patience_counts_evaluations_without_a_better_loss() -> None:
 
 
 def call(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    train_command.add_arguments(parser)
-    return train_command.main(parser.parse_args([str(word) for word in words]))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(data.shipped_text().read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return path
+    return commands.call(train_command, *words)
 
 
 def test_a_run_that_gets_worse_stops_and_keeps_its_best(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

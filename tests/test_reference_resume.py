@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -14,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from sickbay.cli import train as train_command
 from sickbay.core.errors import UsageError
-from sickbay.reference import data, train
+from sickbay.reference import train
 from sickbay.reference.saving import checkpoint, durable, random_states
 from sickbay.reference.training import interrupt
 
@@ -31,16 +31,7 @@ SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--b
 
 
 def call(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    train_command.add_arguments(parser)
-    return int(train_command.main(parser.parse_args([str(word) for word in words])))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(data.shipped_text().read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return path
+    return commands.call(train_command, *words)
 
 
 def values(folder: Path) -> dict[str, torch.Tensor]:

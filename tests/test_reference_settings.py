@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from hypothesis import given
@@ -29,9 +30,7 @@ SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--b
 
 
 def call(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    train_command.add_arguments(parser)
-    return train_command.main(parser.parse_args([str(word) for word in words]))
+    return commands.call(train_command, *words)
 
 
 def refusal(*words: str | Path) -> str:
@@ -39,13 +38,6 @@ def refusal(*words: str | Path) -> str:
         call(*words)
     assert "\n" not in str(refused.value)
     return str(refused.value)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(data.shipped_text().read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return path
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

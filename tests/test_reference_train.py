@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from safetensors.torch import load_file
 
 from sickbay.cli import generate as generate_command
@@ -23,19 +23,6 @@ from sickbay.reference.evaluation.evaluation import evaluate
 from sickbay.reference.saving import checkpoint, durable
 
 SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2", "--dropout", "0.1")
-
-
-def call(command: ModuleType, *words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return int(command.main(parser.parse_args([str(word) for word in words])))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(data.shipped_text().read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return path
 
 
 def checkpoint_bytes(folder: Path) -> dict[str, Any]:

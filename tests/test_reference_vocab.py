@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -11,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -82,7 +82,7 @@ def test_a_pruned_tokenizer_decodes_what_the_whole_one_decodes(library: LibraryT
 def test_a_text_of_kept_tokens_keeps_them(library: LibraryTokenizer, pruned: Pruned, data: st.DataObject) -> None:
     text = " ".join(data.draw(st.lists(st.sampled_from(kept_words(library, pruned)), min_size=1)))
     old = library.encode(text)
-    assert np.isin(old, pruned.kept).all()
+    assume(np.isin(old, pruned.kept).all())  # white space beside white space may merge to a token that was dropped
     assert pruned.kept[pruned.tokenizer.encode(text)].tolist() == old.tolist()
 
 
@@ -319,9 +319,7 @@ def test_the_cost_of_rows_is_the_models(tmp_path: Path, tied: bool) -> None:
 
 
 def call(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    vocab_command.add_arguments(parser)
-    return vocab_command.main(parser.parse_args([str(word) for word in words]))
+    return commands.call(vocab_command, *words)
 
 
 def test_the_command_tells_and_prunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
