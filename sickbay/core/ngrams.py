@@ -11,6 +11,7 @@ Memory is bounded: a table keeps as many distinct n-grams as it has places, late
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,9 @@ DISCOUNT = 0.75  # of each count: the value found best for small counts by Ney, 
 ORDERS = (1, 2, 3)
 GAP = -1  # an id that is not known or not counted
 _ID_BITS = 21  # three ids make one key of 63 bits; larger ids share the places of smaller ones
-_PLACES = 1 << 17  # of a table: 1.5 MB once full, touched only where used
+_PLACES = 1 << 17  # of a table: 1.5 MB
+_ROOM = 8  # places for each key that there can be
+_PROBES = 8  # places in a row that a key may take
 # The mixing steps of SplitMix64: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 16 (shift, factor).
 _MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 
@@ -31,20 +34,29 @@ Keys = NDArray[np.uint64]
 
 
 class Counts:
-    """How often each key came, for as many distinct keys as there are places; a key whose place is taken is not kept."""
+    """How often each key came, for as many distinct keys as there are places; a key whose places are all taken is not kept."""
 
     def __init__(self, places: int = _PLACES) -> None:
-        self._shift = np.uint64(64 - (places.bit_length() - 1))
+        self._shift, self._last = np.uint64(64 - (places.bit_length() - 1)), places - 1
         self._keys: Keys = np.zeros(places, dtype=np.uint64)
         self._counts: NDArray[np.uint32] = np.zeros(places, dtype=np.uint32)
         self.total = 0
         self.distinct = 0
 
     def _slots(self, keys: Keys) -> NDArray[np.intp]:
+        """The place that holds each key, else the first empty one that it may take, else one that another key holds."""
         mixed = keys
         for shift, factor in _MIX:
             mixed = (mixed ^ (mixed >> shift)) * factor
-        return (mixed >> self._shift).astype(np.intp)
+        slots = (mixed >> self._shift).astype(np.intp)
+        further = np.arange(len(keys))
+        for _ in range(_PROBES - 1):
+            held = self._keys[slots[further]]
+            further = further[(held != keys[further]) & (held != 0)]
+            if not len(further):
+                break
+            slots[further] = (slots[further] + 1) & self._last
+        return slots
 
     def of(self, keys: Keys) -> NDArray[np.float64]:
         """The count of each key `(N,)`; 0 for one never kept."""
@@ -53,13 +65,16 @@ class Counts:
 
     def add(self, keys: Keys, times: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Distinct `keys` came `times` more often; (kept, new) for each."""
-        slots = self._slots(keys)
-        before = self._keys[slots]
-        empty = before == 0
-        self._keys[slots[empty]] = keys[empty]
-        kept = self._keys[slots] == keys
+        new = np.zeros(len(keys), dtype=bool)
+        while True:
+            slots = self._slots(keys)
+            empty = self._keys[slots] == 0
+            self._keys[slots[empty]] = keys[empty]
+            kept = self._keys[slots] == keys
+            new |= kept & empty
+            if not (empty & ~kept).any():  # no two keys wanted the same empty place
+                break
         self._counts[slots[kept]] += times[kept].astype(np.uint32)
-        new = kept & empty
         self.total += int(times[kept].sum())
         self.distinct += int(new.sum())
         return kept, new
@@ -77,13 +92,14 @@ class _Order:
 class NGrams:
     """A model of token sequences by counting. `vocabulary`: number of classes that a uniform guess is over; `tokens`: counted so far.
 
-    `places`: of each table, a power of two; 12 bytes each, touched only where used.
+    `places`: of each table at most, a power of two; 12 bytes each. A small vocabulary has smaller ones.
     """
 
     def __init__(self, vocabulary: int, places: int = _PLACES) -> None:
         self.vocabulary = max(1, vocabulary)
         self.tokens = 0
-        self._orders = [_Order(Counts(places), Counts(places), Counts(places)) for _ in ORDERS]
+        sizes = [min(places, 1 << (_ROOM * self.vocabulary**length).bit_length()) for length in (0, *ORDERS)]
+        self._orders = [_Order(Counts(grams), Counts(contexts), Counts(contexts)) for contexts, grams in itertools.pairwise(sizes)]
 
     def add(self, ids: Any) -> None:
         """Every token of `ids` `(B, T)` or `(T,)` is counted after the one and the two before it in its row."""

@@ -268,4 +268,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, asking: Asking) -
     exam = GenerationPath(patient, record, asking)
     loop.on("backward_begin", exam, exam.backward_begin)
     loop.on("generating", exam, exam.generating)
+    loop.rests(exam)
     return lambda: None

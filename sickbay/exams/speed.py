@@ -281,4 +281,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, asking: Asking) -
     exam = Speed(patient, record, loop, asking)
     for event in ("forward_begin", "forward_end", "backward_begin", "backward_end", "round_end"):
         loop.on(event, exam, getattr(exam, event))
+    loop.rests(exam)
     return lambda: None

@@ -56,13 +56,16 @@ class StepSize:
         self.patient, self.record, self.asking = patient, record, asking
         self._seen: weakref.WeakKeyDictionary[Any, Seen] = weakref.WeakKeyDictionary()
         self._given: list[float] = []
+        self._due = False  # True while a ratio out of the ordinary waits for its question
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
-        if any(seen.ratio is not None for seen in self._seen.values()) and loss is not None and loss.numel() == 1:
+        if self._due and loss is not None and loss.numel() == 1:
             self._given.append(float(loss.detach()))
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
-        seen = self._seen.setdefault(optimizer, Seen())
+        seen = self._seen.get(optimizer)
+        if seen is None:
+            seen = self._seen[optimizer] = Seen()
         seen.before = []
         if late or self.patient.scale != 1.0:
             return
@@ -71,12 +74,18 @@ class StepSize:
             if self._affordable(seen):
                 self._ask(optimizer, ratio)
                 seen.questions, seen.seconds = seen.questions + 1, max(seen.seconds, self.asking.cost)
+            self._due = any(other.ratio is not None for other in self._seen.values())
         self._given.clear()
         if seen.steps in _LOOKS:
             seen.before = [(weakref.ref(matrix), matrix.detach().clone()) for matrix in _matrices(optimizer)]
 
     def step_end(self, optimizer: Any) -> None:
-        seen = self._seen.setdefault(optimizer, Seen())
+        seen = self._seen.get(optimizer)
+        if seen is None:
+            return
+        seen.steps += 1
+        if not seen.before:
+            return
         ratios = []
         for held, before in seen.before:
             now = held()
@@ -86,9 +95,8 @@ class StepSize:
         seen.before = []
         if ratios and all(map(math.isfinite, ratios)):
             ratio = statistics.median(ratios)
-            if ratio > _LARGE or (0 < ratio < _SMALL and seen.steps >= _FIRST_SMALL):
-                seen.ratio = ratio
-        seen.steps += 1
+            if ratio > _LARGE or (0 < ratio < _SMALL and seen.steps > _FIRST_SMALL):
+                seen.ratio, self._due = ratio, True
 
     def _affordable(self, seen: Seen) -> bool:
         return (seen.questions < _QUESTIONS and seen.seconds < _CHEAP) or self.asking.affordable()

@@ -39,7 +39,7 @@ class EvaluationMemory:
     SIGNALS = SIGNALS
 
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
-        self.patient, self.record = patient, record
+        self.patient, self.record, self.loop = patient, record, loop
         self._pending: list[tuple[weakref.ref[_Forward], bool, str, int]] = []
         self._kept: dict[bool, int] = {True: 0, False: 0}
         self._outputs: list[tuple[int, StorageWeakRef]] = []
@@ -51,15 +51,15 @@ class EvaluationMemory:
         self._trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def forward_end(self, call: ForwardCall, output: Any) -> None:
-        tensors = [tensor for _, tensor in tensors_in(output)][:_OUTPUTS]
         if call.grad_enabled:
             self._evaluation_over()
-            self._build(call, tensors)
+            if not self.loop.glances_at(call):
+                self._build(call, output)
         elif call.module in self._trained:
-            self._evaluate(call, tensors)
+            self._evaluate(call, _tensors(output))
 
-    def _build(self, call: ForwardCall, tensors: list[Tensor]) -> None:
-        tensors = [t for t in tensors if t.grad_fn is not None and not torch._C._functorch.is_functorch_wrapped_tensor(t)]
+    def _build(self, call: ForwardCall, output: Any) -> None:
+        tensors = [t for t in _tensors(output) if t.grad_fn is not None and not torch._C._functorch.is_functorch_wrapped_tensor(t)]
         if not tensors or len(self._pending) >= _MOST:
             return
         forward = _Forward(call.training, call.source)
@@ -135,6 +135,10 @@ class EvaluationMemory:
                 kept = min(self._kept[training], len(mine))
                 note = {"kept": kept, "bytes": max(entry[3] for entry in mine), "mode": "training" if training else "evaluation"}
                 self.record.read("evaluation_graphs", len(mine), note=note, source=mine[0][2])
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [tensor for _, tensor in tensors_in(output)][:_OUTPUTS]
 
 
 def _form(tensor: Tensor) -> tuple[int, int, torch.dtype]:

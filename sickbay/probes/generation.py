@@ -107,6 +107,8 @@ class Generation:
 
     # --- the loop's events ----------------------------------------------------------------------------------------
     def forward_end(self, call: ForwardCall, output: Any) -> None:
+        if not self.tracks and self.loop.glances_at(call):
+            return  # the step's own forward; sequences that training calls generate begin with the next
         if has_ids(call):
             inputs = token_inputs(call)
             self._follow(call, inputs)

@@ -71,6 +71,10 @@ class Loop:
         self._resting.add(probe)
         self._told.clear()
 
+    def glances_at(self, call: ForwardCall) -> bool:
+        """True for the first training forward of a step that is only glanced at; a second one before its backward is looked at."""
+        return self.pace.resting and call.grad_enabled and call.training and sum(not known.spent for known in self.patient.calls) == 1
+
     def emit(self, event: str, *args: Any) -> None:
         """Tell all listeners; never raises. A mode that the script has switched on sees nothing of what they compute."""
         resting = self.pace.resting and event in _OF_A_STEP

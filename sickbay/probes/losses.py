@@ -175,7 +175,7 @@ def per_target(call: LossCall) -> float:
     """The loss of `call`; of a sum or of single losses over class targets, the mean over those that count. One pass over the targets."""
     if call.reduction == "none" and not call.by_class:
         return float(call.value.mean())
-    value = float(call.value.sum())
+    value = call.value.item() if call.value.numel() == 1 else float(call.value.sum())
     if not _summed(call) and call.reduction != "none":
         return value
     counted = int((call.targets != call.ignore_index).sum())

@@ -7,8 +7,8 @@ import statistics
 import time
 
 CLOSELY = 64  # steps from the start, and after each new optimizer, that are all looked at closely
-BUDGET = 0.01  # of a step's time, for what a close look costs beyond an ordinary step
-RAREST = 32  # steps: a close look is never rarer than this
+BUDGET = 0.004  # of a step's time, for what a close look costs beyond an ordinary step
+RAREST = 31  # steps: a close look is never rarer than this
 _KEPT = 15  # newest timings that the medians are taken over
 
 
@@ -24,6 +24,11 @@ class Pace:
         self._walls: list[float] = []
         self._costs: dict[bool, list[float]] = {True: [], False: []}
 
+    @property
+    def rests_next(self) -> bool:
+        """True if the step after this one will only be glanced at, as far as is known."""
+        return self._glances_at(self._steps + 1)
+
     def wake(self) -> None:
         """Something new has begun: the next steps are looked at closely."""
         self.resting, self._steps = False, 0
@@ -38,12 +43,16 @@ class Pace:
         self._steps += 1
         if self._steps >= CLOSELY and self._steps % _KEPT == 0:
             self._choose()
-        self.resting = self._steps >= CLOSELY and self._steps % self.every != 0
+        self.resting = self._glances_at(self._steps)
+
+    def _glances_at(self, step: int) -> bool:
+        return step >= CLOSELY and step % self.every != 0
 
     def _choose(self) -> None:
         glance = statistics.median(self._costs[True]) if self._costs[True] else 0.0
         extra = max(0.0, statistics.median(self._costs[False]) - glance)
-        self.every = min(RAREST, max(1, math.ceil(extra / (BUDGET * statistics.median(self._walls)))))
+        # An odd number: loaders hand out batches in bunches of two, four or eight, and none of a bunch may escape for ever.
+        self.every = min(RAREST, max(1, math.ceil(extra / (BUDGET * statistics.median(self._walls)))) | 1)
 
     @staticmethod
     def _keep(values: list[float], value: float) -> None:

@@ -81,8 +81,10 @@ class Pairing:
 
     # --- events -----------------------------------------------------------------------------------------------------
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
+        if not self._purse.affords():
+            return
         losses = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
-        if len(losses) != 1 or not self._purse.affords():
+        if len(losses) != 1:
             return
         calls = [call for call in self.patient.training_calls() if not call.spent]
         with self._purse.paying():

@@ -150,7 +150,7 @@ class Phases:
     def around_next(self, original: Any) -> Any:
         @unseen
         def __next__(iterator: Any) -> Any:
-            if self._depth or not self.loop.awake():
+            if self._depth or self.loop.pace.resting or not self.loop.awake():
                 return original(iterator)
             before, others, worker, queued = None, 0.0, 0, None
             with self.loop.sheltered("next", self):
@@ -221,19 +221,22 @@ class Phases:
         self._leave()
 
     def round_end(self, step: int) -> None:
-        now = self._now()
-        if self._began is not None:
+        resting, rests_next = self.loop.pace.resting, self.loop.pace.rests_next
+        now = None if resting and rests_next else self._now()
+        if self._began is not None and now is not None and not resting:
             passed = now.since(self._began)
             self._step.wall, self._step.cpu, self._step.queued = passed.passed, passed.cpu, passed.queued
             if self._count > _SKIPPED:
                 self._steps.append(self._step)
                 del self._steps[:-_KEPT]
-        self._began, self._step, self._phase = now, Step(), None
+        self._began, self._step, self._phase, self._gap = None, Step(), None, None
         self._count += 1
-        self._open_gap(now)
         if self._count in _REPORTS:
             self._write()
-        self._trace()
+        if now is not None and not rests_next:
+            self._began = now
+            self._open_gap(now)
+            self._trace()
 
     def finish(self) -> None:
         self._write()
@@ -365,6 +368,7 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     events = ("forward_begin", "forward_end", "loss", "backward_begin", "backward_end", "step_begin", "step_end", "round_end", "finish")
     for event in events:
         loop.on(event, probe, getattr(probe, event))
+    loop.rests(probe)
     patient.compute_share = probe.compute_share
     loop.replace(dataloader._BaseDataLoaderIter, "__next__", probe.around_next)
 
