@@ -8,12 +8,14 @@ python bench/detection.py --write               also puts the tables into RESULT
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import apart
 import results
 import torch
 from healthy_reference import variants
@@ -63,6 +65,14 @@ def plant(condition: Condition, base: Case) -> Outcome:
     return observe(condition.inject(base), condition)
 
 
+def planted(id_: str, size: str, seed: int) -> Outcome:
+    return plant(conditions()[id_], Case(config=SIZES[size], seed=seed))
+
+
+def healthy_variant(name: str) -> Outcome:
+    return observe(variants()[name])
+
+
 def observe(case: Case, condition: Condition | None = None) -> Outcome:
     """The outcome of a watched run of `case`, in which `condition` was planted (None: nothing)."""
     started = time.monotonic()
@@ -98,17 +108,13 @@ def main() -> int:
     args = arguments()
     torch.set_num_threads(1)
     asked = [condition for condition in conditions().values() if condition.inject and (not args.only or condition.id in args.only)]
-    sizes = {name: SIZES[name] for name in args.sizes}
-    runs: dict[str, list[tuple[str, Outcome]]] = {}
-    for condition in asked if not args.healthy_only else []:
-        for name, config in sizes.items():
-            for seed in range(args.seeds):
-                outcome = plant(condition, Case(config=config, seed=seed))
-                runs.setdefault(condition.id, []).append((f"{name}, seed {seed}", outcome))
-                show(condition.id, f"{name}, seed {seed}", outcome)
+    runs: dict[str, list[tuple[str, Outcome]]] = {condition.id: [] for condition in asked if not args.healthy_only}
+    for (id_, size, seed), outcome in apart.each(planted, itertools.product(runs, args.sizes, range(args.seeds)), args.jobs):
+        runs[id_].append((f"{size}, seed {seed}", outcome or died(id_)))
+        show(id_, *runs[id_][-1])
     healthy = {}
-    for name, case in variants().items() if not args.only else ():
-        healthy[name] = observe(case)
+    for (name,), outcome in apart.each(healthy_variant, [(name,) for name in variants() if not args.only], args.jobs):
+        healthy[name] = outcome or died("")
         show("healthy", name, healthy[name])
     text = "\n\n".join(part for part in (fault_table(runs), confusion(runs), healthy_table(healthy), results.conditions()) if part)
     print(text)
@@ -124,8 +130,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--only", nargs="+", metavar="ID", default=[], help="these faults alone, and no healthy runs")
     parser.add_argument("--healthy-only", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     return parser.parse_args()
+
+
+def died(id_: str) -> Outcome:
+    return Outcome(id_, (), (), (), None, 0.0, ("the process ended without a result",))
 
 
 def show(planted: str, run: str, outcome: Outcome) -> None:

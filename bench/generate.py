@@ -27,10 +27,12 @@ HERE = Path(__file__).resolve().parent
 SIZES = {"tiny": (4, 4, 128, 65, 320), "gpt2": (12, 12, 768, 50257, 1024)}
 LOOPS = {
     "ours": "ours",
+    "ours-fp16": "ours, weights in fp16",
     "transformers": "transformers' generate, with cache",
     "transformers-uncached": "transformers' generate, without cache",
     "nanogpt": "nanoGPT's generate (it has no cache)",
 }
+WARM = 32  # tokens written before the first round
 UNCACHED = ("transformers-uncached", "nanogpt")
 PARTS = (*SIZES, "pool")
 
@@ -41,9 +43,10 @@ def writer(name: str, size: str, nanogpt: Path | None) -> Callable[[int], None]:
 
     layers, heads, width, vocabulary, context = SIZES[size]
     torch.manual_seed(0)
-    if name == "ours":
+    if name in ("ours", "ours-fp16"):
         from sickbay.reference.generation.decoding import Decoding
         from sickbay.reference.generation.generate import generate
+        from sickbay.reference.models import layout
         from sickbay.reference.models.config import Config
         from sickbay.reference.models.model import Transformer
 
@@ -51,7 +54,10 @@ def writer(name: str, size: str, nanogpt: Path | None) -> Callable[[int], None]:
             dim=width, num_layers=layers, num_heads=heads, vocab_size=vocabulary, context=context,
             norm="layernorm", positions="learned", activation="gelu_tanh", bias=True,
         )  # fmt: skip
+        # As `sickbay generate` and `sickbay generate --weights fp16` lay the weights out.
+        lay_out = layout.lay_out_for_reading if name == "ours" else layout.halve_weights
         ours, decoding, first = Transformer(shape), Decoding(temperature=1.0), torch.zeros(1, 1, dtype=torch.int64)
+        lay_out(ours)
         return lambda tokens: [None for _ in generate(ours, first, tokens, decoding)].clear()
     if name == "nanogpt":
         from trainer_loops import load_nanogpt
@@ -88,7 +94,7 @@ def serve(name: str, size: str, nanogpt: Path | None) -> None:
 
     requests = Requests()
     write = writer(name, size, nanogpt)
-    write(2)
+    write(2 if size == "gpt2" and name in UNCACHED else WARM)
     for request in requests:
         began = time.perf_counter()
         with torch.no_grad():

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import io
-import multiprocessing
 import os
 import re
 import sys
@@ -22,9 +21,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
+import apart
 import healthy_models
 import healthy_reference
 import results
@@ -92,39 +91,18 @@ def main() -> int:
     args = parser.parse_args()
     names = [name for name in trainings(args.steps) if re.search(args.only, name)]
     healthy_models.MODELS["gpt2"][0](healthy_models.Recipe("gpt2"))  # the library is imported once, before the forks
-    context = multiprocessing.get_context("fork")
     outcomes = []
-    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=None) as pool:
-        for future in as_completed(pool.submit(forked, name, args.steps) for name in names):
-            outcome = future.result()
-            outcomes.append(outcome)
-            said = " | ".join((*outcome.alarms, *outcome.broken, outcome.failed)).strip(" |") or "nothing"
-            notes = f" ({len(outcome.notes)} notes)" if outcome.notes else ""
-            print(f"{len(outcomes):>4} {outcome.name:<72} {outcome.seconds:5.1f} s  {said}{notes}", file=sys.stderr, flush=True)
+    for (name, _), observed in apart.each(observe, [(name, args.steps) for name in names], args.jobs):
+        outcome = observed or Outcome(name, failed="the process ended without a result")
+        outcomes.append(outcome)
+        said = " | ".join((*outcome.alarms, *outcome.broken, outcome.failed)).strip(" |") or "nothing"
+        notes = f" ({len(outcome.notes)} notes)" if outcome.notes else ""
+        print(f"{len(outcomes):>4} {outcome.name:<72} {outcome.seconds:5.1f} s  {said}{notes}", file=sys.stderr, flush=True)
     text = f"{table(outcomes)}\n\n{results.conditions()}"
     print(text)
     if args.write:
         results.put("healthy", f"## Healthy trainings\n\n{text}")
     return int(any(outcome.alarms or outcome.broken or outcome.failed for outcome in outcomes))
-
-
-def forked(name: str, steps: int) -> Outcome:
-    """`observe` in a copy of the worker, so that no run sees what another left behind."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def child() -> None:
-        sender.send(observe(name, steps))
-
-    process = context.Process(target=child)
-    process.start()
-    sender.close()
-    try:
-        outcome: Outcome = receiver.recv()
-    except EOFError:
-        outcome = Outcome(name, failed="the process ended without a result")
-    process.join()
-    return outcome
 
 
 def table(outcomes: list[Outcome]) -> str:
