@@ -101,3 +101,49 @@ def test_elements_that_a_hand_written_step_leaves_alone_are_counted(tmp_path: Pa
     assert list(unmoved(_first_weight_only, "frozen").values()) == [[0.0] * len(next(iter(few.values())))], (
         "what stays as a whole is frozen"
     )
+
+
+def _unused_optimizer(out: Path, update: object, every: int = 1) -> int:
+    """How often it is said of an optimizer that never steps that it should have; `update` comes after each `every` backwards instead."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(32, 4), torch.randint(0, 3, (32,))
+    weights = {"w": torch.randn(4, 3).requires_grad_(), "b": torch.ones(3).requires_grad_()}
+    with sickbay.watch(out=out) as doctor:
+        optimizer = torch.optim.Adam(weights.values())
+        for step in range(24):
+            loss = nn.functional.cross_entropy(inputs @ weights["w"] + weights["b"], targets)
+            if step % every == 0:
+                optimizer.zero_grad()
+                for weight in weights.values():
+                    weight.grad = None
+            loss.backward()
+            if step % every == every - 1:
+                weights = update(weights, [weight.grad for weight in weights.values()])  # type: ignore[operator]
+    return len(doctor.chart()["backwards_without_step"])
+
+
+def _through_data(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+    for weight, gradient in zip(weights.values(), gradients):
+        weight.data -= RATE * gradient
+    return weights
+
+
+def _lost(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+    for weight, gradient in zip(weights.values(), gradients):
+        weight = weight - RATE * gradient
+    return weights
+
+
+def _as_they_were(weights: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("update", [_in_place, _in_their_stead, _through_data])
+def test_an_optimizer_beside_updates_by_hand_need_not_step(tmp_path: Path, update: object, every: int) -> None:
+    assert _unused_optimizer(tmp_path / "run", update, every) == 0
+
+
+@pytest.mark.parametrize("update", [_lost, _as_they_were])
+def test_updates_by_hand_that_move_nothing_replace_no_step(tmp_path: Path, update: object) -> None:
+    assert _unused_optimizer(tmp_path / "run", update) == 1

@@ -20,14 +20,15 @@ from sickbay.cli import train as train_command
 from sickbay.reference import data, train
 from sickbay.reference.evaluation.evaluation import evaluate
 from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder_decoder import EncoderDecoder
 from sickbay.reference.models.model import Transformer
 from sickbay.reference.saving import checkpoint
 from sickbay.reference.settings.recipe import Recipe
 from sickbay.reference.training.ema import averaged
 from sickbay.reference.training.loss import next_token_loss
 from sickbay.reference.training.machine import demand_compiler, processor
-from sickbay.reference.training.muon import QUINTIC, ROUNDS, orthogonalized
-from sickbay.reference.training.optimizer import hidden_matrices, make_adamw, make_optimizer, set_learning_rate
+from sickbay.reference.training.muon import QUINTIC, ROUNDS, orthogonalized, stacked_step
+from sickbay.reference.training.optimizer import hidden_matrices, make_adamw, make_optimizer, set_learning_rate, stack_groups
 from sickbay.reference.training.precision import autocast, make_scaler, slow_here
 from sickbay.reference.training.recompute import recompute
 from sickbay.reference.training.schedule import learning_rate_at
@@ -87,6 +88,12 @@ def test_orthogonalizing_sends_each_singular_value_through_the_quintic(rows: int
     torch.testing.assert_close(orthogonalized(matrix), u @ torch.diag(s) @ v, rtol=1e-3, atol=1e-3)
 
 
+def stacked_parts(name: str, matrix: Tensor) -> list[tuple[slice, Tensor]]:
+    """Queries, keys and values, which lie in one matrix `(3 x 16, 16)`, apart; any other matrix as it is."""
+    rows = [slice(begin, begin + 16) for begin in (0, 16, 32)] if "query_key_value" in name else [slice(None)]
+    return [(part, matrix[part]) for part in rows]
+
+
 def test_muon_moves_hidden_matrices_by_its_own_rate_and_the_rest_exactly_as_adamw_does() -> None:
     config = Config(dim=16, num_layers=2, num_heads=2, vocab_size=11, context=12, tied_embeddings=False, bias=True)
     muon_model, adam_model = model_of(config), model_of(config)
@@ -107,14 +114,33 @@ def test_muon_moves_hidden_matrices_by_its_own_rate_and_the_rest_exactly_as_adam
             for name, weight in muon_model.named_parameters():
                 if name in names:
                     assert weight.grad is not None
-                    rows, columns = weight.shape
                     # From rest, momentum points along the gradient: the step is its orthogonalization.
-                    step_taken = (before[name] - weight) / (0.05 * math.sqrt(max(1, rows / columns)))
-                    torch.testing.assert_close(step_taken, orthogonalized(weight.grad), rtol=1e-2, atol=1e-3)
+                    parts = [(part, (before[name] - weight)[rows]) for rows, part in stacked_parts(name, weight.grad)]
+                    for gradient, moved in parts:
+                        stretch = 0.05 * math.sqrt(max(1, len(gradient) / gradient.shape[1]))
+                        torch.testing.assert_close(moved / stretch, orthogonalized(gradient), rtol=1e-2, atol=1e-3)
     others = dict(adam_model.named_parameters())
     assert all(torch.equal(weight, others[name]) for name, weight in muon_model.named_parameters() if name not in names)
     set_learning_rate(muon, 0.002)
-    assert [group["lr"] for group in muon.param_groups] == pytest.approx([0.01, 0.002, 0.002])
+    assert [group["lr"] for group in muon.param_groups] == pytest.approx([0.01, 0.01, 0.002, 0.002])
+
+
+def test_matrices_that_share_a_tensor_are_orthogonalized_each_by_itself() -> None:
+    # Two processes' rows of queries, keys and values: heads of 2, four of queries, two of keys and values; values a hundred times larger.
+    width = 8
+    query, key, value = (torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)) for rows in (8, 4, 4))
+    held = torch.cat([query[:4], key[:2], 100 * value[:2], query[4:], key[2:], 100 * value[2:]])
+    moved = stacked_step(held, (4, 2, 2))
+    whole = torch.cat([orthogonalized(query), orthogonalized(key), orthogonalized(value)])
+    order = [*range(4), *range(8, 10), *range(12, 14), *range(4, 8), *range(10, 12), *range(14, 16)]
+    torch.testing.assert_close(moved, whole[order], rtol=1e-4, atol=1e-4)
+    assert (stacked_step(held, ()) - moved).abs().max() > 0.1
+
+
+def test_an_encoder_decoders_keys_and_values_are_two_matrices_to_muon() -> None:
+    model = EncoderDecoder(Config(dim=16, num_layers=1, num_heads=4, num_kv_heads=2, vocab_size=11, context=12))
+    stacks = {group["stack"]: len(group["params"]) for group in stack_groups(model)}
+    assert stacks == {(16, 8, 8): 2, (8, 8): 1, (): 3 + 5}  # three of each block's, the query and the output across; no head
 
 
 # The loss

@@ -23,6 +23,7 @@ class Condition:
 
     `needs`: signals without which nothing can be said; `uses`: signals read when they are there.
     `prescribes`: treatment ids, best first. `leads_to`: conditions this one causes (a DAG over the catalogue).
+    `presumes_health`: its notes are made of runs without an alarm alone, since what is wrong there may be all that they see.
     `inject(case) -> case` plants the fault in the reference. `chapter` and `doc` are set by the registry.
     """
 
@@ -34,6 +35,7 @@ class Condition:
     uses: tuple[str, ...] = ()
     leads_to: tuple[str, ...] = ()
     after_step: int = 0
+    presumes_health: bool = False
     inject: Callable[[Any], Any] | None = None
     chapter: str = ""
     doc: str = ""
@@ -54,7 +56,13 @@ def checkup(chart: Chart, conditions: Iterable[Condition]) -> Checkup:
         else:
             prescribes = verdict.prescribes or (condition.prescribes[0] if condition.prescribes else "")
             found[condition.id] = dataclasses.replace(verdict, condition=condition.id, prescribes=prescribes)
-    return Checkup(tuple(_roots_first(found, by_id)), tuple(healthy), unexamined)
+    roots = _roots_first(found, by_id)
+    if roots and roots[0].severity != "note":
+        for id_ in [id_ for id_ in found if by_id[id_].presumes_health and found[id_].severity == "note"]:
+            del found[id_]
+            unexamined[id_] = f"{roots[0].condition} was found, and may be all there is to it"
+        roots = _roots_first(found, by_id)
+    return Checkup(tuple(roots), tuple(healthy), unexamined)
 
 
 def _ask(condition: Condition, chart: Chart) -> Diagnosis | NotExamined | None:
