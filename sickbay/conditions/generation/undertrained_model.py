@@ -82,5 +82,6 @@ condition = Condition(
     needs=("train_loss", "ngram_loss"),
     diagnose=diagnose,
     prescribes=("train-longer",),
+    presumes_health=True,
     inject=inject,
 )
