@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from types import GeneratorType
+from types import GeneratorType, TracebackType
 from typing import Any
 
 import torch
@@ -38,6 +38,25 @@ _MAX_PROBLEMS = 32
 _OF_A_STEP = frozenset(
     ("forward_begin", "forward_end", "loss", "backward_begin", "backward_end", "clip", "closure_begin", "step_begin", "step_end")
 )
+
+
+class Sheltered:
+    """What `Loop.sheltered` gives; a class of its own because it is entered several times a step."""
+
+    __slots__ = ("_event", "_loop", "_probe", "_sight")
+
+    def __init__(self, loop: Loop, event: str, probe: Any) -> None:
+        self._loop, self._event, self._probe, self._sight = loop, event, probe, out_of_sight()
+
+    def __enter__(self) -> None:
+        self._sight.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None) -> bool:
+        self._sight.__exit__(kind, problem, traceback)
+        if not isinstance(problem, Exception):
+            return False
+        self._loop.drop(self._probe, self._event, problem)
+        return True
 
 
 class Loop:
@@ -94,14 +113,9 @@ class Loop:
                     self.drop(probe, event, problem)
         self.seconds += time.perf_counter() - began
 
-    @contextlib.contextmanager
-    def sheltered(self, event: str, probe: Any = None) -> Iterator[None]:
+    def sheltered(self, event: str, probe: Any = None) -> Sheltered:
         """An exception inside is named in the report, `probe` listens no more, and it goes no further; no mode of the script's sees it."""
-        try:
-            with out_of_sight():
-                yield
-        except Exception as problem:
-            self.drop(probe or self, event, problem)
+        return Sheltered(self, event, probe or self)
 
     def failed(self, event: str, problem: Exception) -> None:
         """Something of the loop's own went wrong at `event`; it goes on."""
