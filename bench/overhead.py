@@ -1,6 +1,6 @@
 """What watching costs: the same training loop with plain Python and with `sickbay run`, default settings, one after the other by turns.
 
-    python bench/overhead.py                    both shapes, 5 pairs each
+    python bench/overhead.py                    all shapes, 5 pairs each
     python bench/overhead.py --shapes tiny --pairs 1 --steps 40
     python bench/overhead.py --write            also puts the table into RESULTS.md
 
@@ -39,6 +39,7 @@ class Shape:
 
 
 SHAPES = {
+    "least": Shape(num_layers=2, dim=64, num_heads=4, context=64, batch_size=8, steps=2000, settled=400),
     "tiny": Shape(num_layers=4, dim=128, num_heads=4, context=64, batch_size=12, steps=400, settled=120),
     "small": Shape(num_layers=6, dim=384, num_heads=6, context=128, batch_size=2, steps=120, settled=45),
 }
