@@ -58,6 +58,11 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.dim, config.dim, bias=config.bias)
         self.attend: Attend = attend if causal else attend_all
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Rows of `query_key_value` that are queries, keys and values; with "tp" those of one process, one process after another."""
+        return tuple(heads * self.head_dim for heads in (self.num_heads, self.kv_heads, self.kv_heads))
+
     def forward(self, x_BTD: Tensor, visible_B1TS: Tensor | None, rotation: Rotation | None, cache: LayerCache | None = None) -> Tensor:
         """`cache`: keys and values of the positions before, to which these are added."""
         B, T, _ = x_BTD.shape

@@ -47,6 +47,11 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(config.dim, config.dim, bias=config.bias)
         self.attend: Attend = attend_all
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Rows of `key_value` that are keys and values."""
+        return (self.kv_heads * self.head_dim,) * 2
+
     def keys_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `(B, G, S, K)` of the source."""
         B, S, _ = source_BSD.shape

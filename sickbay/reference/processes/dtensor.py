@@ -26,3 +26,21 @@ def local(tensor: Tensor) -> Tensor:
     distributed: Any = tensor
     here: Tensor = distributed.to_local() if is_dtensor(tensor) else tensor
     return here
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of `tensor`, in every process. Each of them calls this."""
+    distributed: Any = tensor
+    whole: Tensor = distributed.full_tensor() if is_dtensor(tensor) else tensor
+    return whole
+
+
+def dealt_like(pattern: Tensor, whole: Tensor) -> Tensor:
+    """`whole`, which every process holds alike, dealt out as `pattern` is; nothing is sent."""
+    if not is_dtensor(pattern):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    distributed: Any = pattern
+    dealt: Tensor = distribute_tensor(whole, distributed.device_mesh, distributed.placements, src_data_rank=None)
+    return dealt

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sickbay.reference.models.blocks import Attention
+from sickbay.reference.models.encoder_decoder import CrossAttention
+from sickbay.reference.models.model import Transformer
 from sickbay.reference.processes.dtensor import is_dtensor
 from sickbay.reference.settings.recipe import Recipe
 from sickbay.reference.training.muon import Muon
@@ -20,11 +23,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     betas = (recipe.beta1, recipe.beta2)
     if recipe.optimizer == "adamw":
         return make_adamw(model, learning_rate=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
-    hidden = {id(parameter) for parameter in hidden_matrices(model)}
-    groups = decay_groups(model, recipe.weight_decay, without=hidden)
-    matrices = [parameter for parameter in model.parameters() if id(parameter) in hidden]
+    groups = decay_groups(model, recipe.weight_decay, without={id(parameter) for parameter in hidden_matrices(model)})
     return Muon(
-        matrices,
+        stack_groups(model),
         groups,
         learning_rate=recipe.learning_rate,
         betas=betas,
@@ -52,9 +53,19 @@ def decay_groups(model: nn.Module, weight_decay: float, without: Collection[int]
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """The trainable matrices of the linear layers between embedding and head: what Muon is made for."""
-    head = getattr(getattr(model, "head", None), "weight", None)
+    heads = {id(module.head.weight) for module in model.modules() if isinstance(module, Transformer)}
     linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
-    return [weight for weight in linear if weight is not head and weight.requires_grad]
+    return [weight for weight in linear if id(weight) not in heads and weight.requires_grad]
+
+
+def stack_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The hidden matrices, those together that are stacks of matrices alike: "stack" as `muon.stacked_step` has it."""
+    stacks = {id(module.query_key_value.weight): module.stack for module in model.modules() if isinstance(module, Attention)}
+    stacks |= {id(module.key_value.weight): module.stack for module in model.modules() if isinstance(module, CrossAttention)}
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    for weight in hidden_matrices(model):
+        groups.setdefault(stacks.get(id(weight), ()), []).append(weight)
+    return [{"params": weights, "stack": stack} for stack, weights in groups.items()]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
