@@ -153,6 +153,24 @@ def test_no_bit_of_a_sealed_folder_changes_unseen(tmp_path: Path, place: float, 
     assert durable.read(target) == {"step": 12, "groups": [{"lr": 0.1}]}
 
 
+def test_a_new_attempt_clears_what_its_own_last_one_left_and_nothing_else(tmp_path: Path) -> None:
+    another = durable.begin(tmp_path / "another")
+    (another / "values").write_bytes(b"under way")
+    left = durable.begin(tmp_path / "mine")
+    (left / "half").write_bytes(b"left by a kill")
+    assert durable.begin(tmp_path / "mine") == left
+    assert list(left.iterdir()) == []
+    assert (another / "values").read_bytes() == b"under way"
+
+
+def test_what_a_kill_left_of_another_step_goes_with_the_next_checkpoint(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    call(text, "--out", run, *SMALL, "--steps", "2")
+    (durable.begin(run / "step-000003") / "half").write_bytes(b"left by a kill")
+    call("--out", run, "--resume", "--steps", "4")
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["step-000002", "step-000004"]
+
+
 def test_a_full_disk_ends_no_training_and_costs_no_checkpoint(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

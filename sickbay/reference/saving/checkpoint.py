@@ -40,7 +40,7 @@ FORMAT = 2
 PREFIX = "step-"
 KEEP = 2  # checkpoints of a run: should the newest turn out damaged, there is one before it
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what torch.compile and activation checkpointing put into names
-OF_THE_MACHINE = ("fused", "foreach", "capturable")  # settings of an optimizer that say how, not what
+OF_THE_MACHINE = ("fused", "foreach", "capturable", "stack")  # settings of an optimizer that say how, not what
 
 Json = Any
 
@@ -84,7 +84,7 @@ def save(
     Raises OSError in every process where one of them could not write; the older checkpoints are then as they were.
     """
     target = run / f"{PREFIX}{step:06d}"
-    partial = target.with_name(f"{durable.PARTIAL}{target.name}")
+    partial = durable.partial_of(target)
     config = model.config
 
     def order(name: str) -> list[int] | None:
@@ -302,6 +302,9 @@ def _forget(run: Path, step: int, keep: int) -> None:
     numbered = {folder: int(folder.name.removeprefix(PREFIX)) for folder in _all(run)}
     reached = [folder for folder, number in numbered.items() if number <= step]
     for folder in [*reached[:-keep], *(folder for folder, number in numbered.items() if number > step)]:
+        shutil.rmtree(folder, ignore_errors=True)
+    # A run killed in a save may have gone on with other steps to save at. A run's folder is its own.
+    for folder in run.glob(f"{durable.PARTIAL}{PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,13 +16,22 @@ CHUNK = 1 << 20
 
 
 def begin(target: Path) -> Path:
-    """An empty folder beside `target`, to be filled and given to `publish`; what an earlier process left half-written is gone."""
+    """An empty folder beside `target`, to be filled and given to `publish`; what an earlier attempt at `target` left is gone."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"{PARTIAL}*"):
+    partial, replaced = partial_of(target), _replaced(target)
+    for left in (partial, replaced):
         shutil.rmtree(left, ignore_errors=True)
-    partial = target.with_name(f"{PARTIAL}{target.name}")
     partial.mkdir()
     return partial
+
+
+def partial_of(target: Path) -> Path:
+    """Where `target` is while it is written."""
+    return target.with_name(f"{PARTIAL}{target.name}")
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f"{PARTIAL}replaced-{target.name}")
 
 
 def publish(partial: Path, target: Path, state: dict[str, Any]) -> None:
@@ -36,7 +45,7 @@ def publish(partial: Path, target: Path, state: dict[str, Any]) -> None:
     (partial / STATE).write_text(json.dumps({**sealed, "seal": _seal(sealed)}, indent=2) + "\n", encoding="utf-8")
     for path in (*partial.rglob("*"), partial):
         flush(path)
-    replaced = target.with_name(f"{PARTIAL}replaced-{target.name}")
+    replaced = _replaced(target)
     if target.exists():
         target.rename(replaced)
     partial.rename(target)

@@ -148,7 +148,7 @@ def _prune_transformers(folder: Path, out: Path, choose: Choose) -> Path:
 def _made_whole(target: Path) -> Iterator[Path]:
     """A folder to fill that takes `target`'s name at the end, and is gone where that fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{durable.PARTIAL}{target.name}")
+    partial = durable.partial_of(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
