@@ -26,13 +26,21 @@ def test_the_run_ends_with_its_card_and_the_commands_to_go_on(tmp_path: Path, te
     assert lines[0] == "sickbay train  text.txt"
     assert "10 steps of 64 tokens" in lines[1]
     assert "over 399, perplexity" in said  # each token of the validation part but the first
-    assert "train longer?  yes: the validation loss still falls" in said
+    assert "train longer?  not at this learning rate: the validation loss still falls" in said
     assert f"sickbay generate '{out}/step-000010'   # write more" in lines
-    assert f"sickbay train --out '{out}' --resume --steps 20   # train on" in lines
+    assert f"sickbay train --out '{out}' --resume --steps 20   # train on, the learning rate at 6.3e-04 again" in lines
 
     assert run("--out", out, "--resume", "--steps", "12") == 0
     # At the last step the whole validation part is evaluated instead.
     assert "not known: 0 evaluations under way" in capsys.readouterr().out
+
+
+def test_a_run_whose_learning_rate_stays_up_may_go_on_as_it_is(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run(text, "--out", out, *SHAPE, "--steps", "10", "--eval-every", "2", "--schedule", "constant") == 0
+    said = capsys.readouterr().out
+    assert "train longer?  yes: the validation loss still falls" in said
+    assert said.endswith("--resume --steps 20   # train on\n")
 
 
 def test_as_json_the_history_and_the_noise_are_there(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,23 @@ def test_whether_to_train_longer(losses: list[float], verdict: str, said: str) -
     assert found.gap == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("losses", "rate", "verdict", "said"),
+    [
+        ([3.0, 2.5, 2.2, 2.0, 1.9, 1.82, 1.75, 1.69], 0.1, "schedule over", "still falls, -0.7"),
+        ([3.0, 2.5, 2.2, 2.0, 1.9, 1.82, 1.75, 1.69], 0.6, "helps", "still falls, -0.7"),
+        ([3.0, 2.0, 1.7, 1.6002, 1.6001, 1.6, 1.6001, 1.6], 0.0, "schedule over", "down to 0% of its highest, where no step moves much"),
+        ([3.0, 2.0, 1.5, 1.45, 1.5, 1.56, 1.61, 1.67], 0.1, "overfits", "lowest at step 400 (1.4500)"),
+        ([3.0, 2.0, 1.7, 1.6, 1.9, 1.4, 1.8, 1.5], 0.1, "not known", "scatters too much"),
+        ([3.0, 2.0, 1.7], 0.1, "not known", "3 evaluations under way, 4 are needed"),
+    ],
+)
+def test_a_schedule_that_is_over_tells_nothing_of_more_steps(losses: list[float], rate: float, verdict: str, said: str) -> None:
+    found = outlook([(100 * (number + 1), loss) for number, loss in enumerate(losses)], TRAIN, VALIDATION, rate)
+    assert (found.verdict, said in found.reason) == (verdict, True), found.reason
+    assert card.plain(closed(outlook=found)).count("train longer?") == 1
+
+
 def closed(**changes: object) -> card.Closing:
     sample = card.Sample("\n", "ROMEO:\x1b[2J\nWhat now?\n" * 30, Manner((0.1, 0.3, 0.5), (0.1, 0.4, 0.6), 0.02, (0, 0)))
     whole_card = card.Closing(

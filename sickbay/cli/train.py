@@ -138,10 +138,14 @@ def _show_card(settings: Settings, out: Path, corpus: Corpus, result: Result, de
     from sickbay.reference.evaluation import card, closing
     from sickbay.reference.evaluation.evaluation import Evaluation
     from sickbay.reference.saving import checkpoint
+    from sickbay.reference.training.schedule import scheduled
 
     recipe, config = settings.recipe, settings.model
+    twice = dataclasses.replace(recipe, steps=2 * recipe.steps)
+    last, next_one = scheduled(recipe, result.steps - 1), scheduled(twice, result.steps)
+    meaning = f"train on, the learning rate at {next_one:.1e} again" if last < next_one else "train on"
     model = checkpoint.load_weights(checkpoint.read(Path(result.checkpoint)), device, averaged=recipe.ema is not None)
-    on = f"sickbay train --out {shlex.quote(str(out))} --resume --steps {2 * recipe.steps}"
+    on = f"sickbay train --out {shlex.quote(str(out))} --resume --steps {twice.steps}"
     training = closing.Training(
         ", ".join(Path(text).name for text in settings.texts),
         result.steps,
@@ -149,7 +153,8 @@ def _show_card(settings: Settings, out: Path, corpus: Corpus, result: Result, de
         result.seconds,
         result.tokens_per_second,
         result.history,
-        [(f"sickbay generate {shlex.quote(result.checkpoint)}", "write more"), (on, "train on")],
+        [(f"sickbay generate {shlex.quote(result.checkpoint)}", "write more"), (on, meaning)],
+        last / recipe.learning_rate,
     )
     card.show(
         closing.close(

@@ -24,9 +24,10 @@ ADVICE = {
     "helps": "yes",
     "little": "hardly; a larger model (--dim, --layers) or more text may",
     "overfits": "no, it only learns its text by heart; more text, --dropout or fewer steps help",
+    "schedule over": "not at this learning rate",
     "not known": "not known",
 }
-STYLE = {"helps": "bold green", "little": "bold yellow", "overfits": "bold red", "not known": "bold"}
+STYLE = {"helps": "bold green", "little": "bold yellow", "overfits": "bold red", "schedule over": "bold yellow", "not known": "bold"}
 
 
 @dataclass(frozen=True)

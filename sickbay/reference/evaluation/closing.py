@@ -23,7 +23,10 @@ TRAIN_ROWS = 240  # windows of the training part on which the finished model is 
 
 @dataclass(frozen=True)
 class Training:
-    """What a finished training did. `tokens_per_second`: of its steps alone; `history`: (step, validation loss) under way, in order."""
+    """What a finished training did. `tokens_per_second`: of its steps alone; `history`: (step, validation loss) under way, in order.
+
+    `rate`: the last learning rate over the highest.
+    """
 
     title: str
     steps: int
@@ -32,6 +35,7 @@ class Training:
     tokens_per_second: float
     history: Sequence[tuple[int, float]]
     ways_on: Sequence[tuple[str, str]] = ()
+    rate: float = 1.0
 
 
 def close(
@@ -78,7 +82,7 @@ def close(
         bytes_per_token=bytes_per_token,
         baselines=baselines(train, validation, tokenizer.vocab_size),
         sample=sample,
-        outlook=outlook(training.history, judged(train, TRAIN_ROWS), evaluated),
+        outlook=outlook(training.history, judged(train, TRAIN_ROWS), evaluated, training.rate),
         ways_on=training.ways_on,
     )
 
