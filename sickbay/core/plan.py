@@ -153,13 +153,6 @@ def _most_rows(parts: Parts, batch: int, room: float) -> int:
     return max((rows for rows in choices if parts.of_rows(rows).peak <= room), default=0)
 
 
-def decoder_parameters(layers: int, dim: int, ffn: int, vocab: int, context: int, *, kv_share: float = 1.0, gated: bool, tied: bool) -> int:
-    """Parameters of a decoder: embeddings, attention (keys and values `kv_share` as wide), feed-forward, norms; no biases."""
-    attention = dim * dim * (2 + 2 * kv_share)
-    feed_forward = dim * ffn * (3 if gated else 2)
-    return int(vocab * dim * (1 if tied else 2) + context * dim + layers * (attention + feed_forward + 2 * dim) + dim)
-
-
 def compute_optimal(tokens: float) -> float:
     """Parameters for which one pass over `tokens` is compute-optimal."""
     return tokens / TOKENS_PER_PARAMETER
