@@ -32,7 +32,8 @@ class Held:
 
     `name`: no other optimizer's. `carried`: share of old gradient found, None until looked;
     `reached`: some backward gave its parameters a gradient. `parameters`: their ids; `versions`: the sum of how often they were written,
-    when they first had a gradient; `moved`: somebody has written to them since.
+    when they first had a gradient; `moved`: somebody has written to them since. `norm_before`: their own norm when last looked at, and
+    `by_hand` how often it was another one; `replaced`: losses now reach new tensors in their stead.
     """
 
     name: str = ""
@@ -49,6 +50,9 @@ class Held:
     parameters: frozenset[int] = frozenset()
     versions: int = 0
     moved: bool = False
+    norm_before: float = math.nan
+    by_hand: int = 0
+    replaced: bool = False
 
 
 @dataclass
@@ -78,6 +82,8 @@ class Order:
         self._skips = 0
         self._by_hand = Held()
         self._leaves: list[weakref.ref[Tensor]] = []
+        self._shapes: list[torch.Size] = []
+        self._rebinds = False
         self._print: tuple[float, ...] = ()
         self._micro: list[MicroBatch] = []
         self._accumulates = False
@@ -133,8 +139,11 @@ class Order:
             held.all_backwards += 1
             if not held.reached and _has_gradient(optimizer):
                 held.reached, held.parameters, held.versions = True, *_written(optimizer)
-            elif not held.steps and (held.all_backwards < 2 * _FIRST_STEPS or held.all_backwards % _LOOK_EVERY == 0):
+                held.norm_before = _own_norm(optimizer)
+            elif not held.steps and _looked_at(held.all_backwards):
                 held.moved = held.moved or _written(optimizer)[1] != held.versions
+                norm = _own_norm(optimizer)
+                held.by_hand, held.norm_before = held.by_hand + (norm != held.norm_before and math.isfinite(norm)), norm
             held.sources = [*held.sources[-3:], line]
         self._by_hand.backwards += 1
         self._by_hand.sources = [line]
@@ -268,9 +277,12 @@ class Order:
         It may have changed them in place, or put new ones in their stead.
         """
         leaves = [leaf for ref in self._leaves if (leaf := ref()) is not None]
-        if loss is not None and (self._backwards <= 2 or len(leaves) < len(self._leaves)):
-            leaves = leaves_of(loss)
-            self._leaves = [weakref.ref(leaf) for leaf in leaves]
+        lost = len(leaves) < len(self._leaves)
+        if loss is not None and (lost or self._rebinds or _looked_at(self._backwards)):
+            reached = leaves_of(loss)
+            if self._put_in_their_stead(leaves, reached) or lost or self._backwards <= 2:
+                leaves, self._shapes = reached, [leaf.shape for leaf in reached]
+                self._leaves = [weakref.ref(leaf) for leaf in leaves]
         parts = [leaf.detach().reshape(-1)[:_MEASURED] for leaf in leaves[:8] if leaf.is_floating_point() and leaf.numel()]
         now = tuple(float(value) for part in parts for value in (part[0], torch.linalg.vector_norm(part, dtype=torch.float64)))
         if self._print and now and now != self._print:
@@ -283,9 +295,23 @@ class Order:
             self.loop.end_step()
         self._print = now
 
+    def _put_in_their_stead(self, before: list[Tensor], now: list[Tensor]) -> bool:
+        """True if `now` has new tensors, shape for shape, where an optimizer's parameters were: the script gives each step new weights."""
+        if [leaf.shape for leaf in now] != self._shapes:
+            return self._rebinds
+        known, present = {id(leaf) for leaf in before}, {id(leaf) for leaf in now}
+        for held in self._held.values():
+            if held.parameters & present:
+                held.replaced = False
+            elif held.parameters & known:
+                held.replaced = self._rebinds = True
+        return self._rebinds
+
     def finish(self) -> None:
-        """The run is over: whoever got gradients but never stepped is written down."""
+        """The run is over: whoever got gradients but never stepped is written down, unless the script moved the weights by its own hand."""
         for held in self._everyone:
+            if not self._torch_steps and (held.by_hand > 1 or (held.replaced and self._by_hand.steps > 1)):
+                continue
             if not held.steps and held.all_backwards >= 2 and held.reached:
                 alone = not held.moved and not any(held.parameters & other.parameters for other in self._everyone if other.steps)
                 note = {"optimizers": len(self._everyone), "scaler_skips": self._skips, "alone": alone}
@@ -314,6 +340,17 @@ def _written(optimizer: Any) -> tuple[frozenset[int], int]:
     """The ids of the optimizer's parameters, and how often they were written in place altogether."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return frozenset(map(id, parameters)), sum(parameter._version for parameter in parameters)
+
+
+def _looked_at(backwards: int) -> bool:
+    """True for the backwards at which what costs more is asked: the first ones, each power of two, and every 50th."""
+    return backwards < 2 * _FIRST_STEPS or backwards % _LOOK_EVERY == 0 or backwards & (backwards - 1) == 0
+
+
+def _own_norm(optimizer: Any) -> float:
+    """The norm of all the optimizer's dense parameters together; not finite once one of them is not."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return math.hypot(*norms_of([p.detach() for p in parameters if p.is_floating_point() and p.layout == torch.strided], []))
 
 
 def _has_gradient(optimizer: Any) -> bool:
