@@ -107,6 +107,6 @@ condition = Condition(
     uses=("step_gain", "chance_loss"),
     diagnose=diagnose,
     prescribes=("raise-learning-rate",),
-    leads_to=("loss-plateau", "repetitive-generation", "incoherent-generation"),
+    leads_to=("loss-plateau", "clipping-saturated", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

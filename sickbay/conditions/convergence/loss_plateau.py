@@ -30,12 +30,13 @@ from typing import Any
 from sickbay.core.chart import Chart, Series
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold, number
-from sickbay.core.robust import median
+from sickbay.core.robust import median, robust_z
 
 AT_GUESS = Threshold(
     0.02, "share of guessing's loss", source="three times the noise of twenty batches' mean in runs stuck at a uniform guess"
 )
 SLOPE = Threshold(3.0, "standard errors", source="a slope within three standard errors of zero is none")
+SPIKE = Threshold(8.0, "robust standard deviations", source="batches of text vary by 3; a jump back is no part of a trend")
 FALL = Threshold(0.01, "share of loss", source="a significant fall by less than a hundredth in half a run is none worth waiting for")
 ALIVE = Threshold(0.1, "share of highest rate", source="where a schedule has ended its run the loss is flat by design")
 ABOVE = Threshold(
@@ -87,6 +88,8 @@ def _lowest(values: list[float]) -> float:
 def _flat(losses: Series) -> bool:
     """True if the second half of `losses` does not fall by more than its noise explains, or by less than is worth waiting for."""
     half = losses[len(losses) // 2 :]
+    usual = [r.value for r in half]
+    half = [r for r in half if robust_z(r.value, usual) < SPIKE]
     steps, values = [float(r.step) for r in half], [r.value for r in half]
     slope, start = statistics.linear_regression(steps, values)
     rest = math.sqrt(sum((v - start - slope * s) ** 2 for s, v in zip(steps, values)) / (len(values) - 2))

@@ -85,6 +85,13 @@ condition = Condition(
     needs=("unmoved_share",),
     diagnose=diagnose,
     prescribes=("master-weights",),
-    leads_to=("update-not-applied", "learning-rate-too-low", "loss-plateau", "repetitive-generation", "incoherent-generation"),
+    leads_to=(
+        "update-not-applied",
+        "learning-rate-too-low",
+        "loss-plateau",
+        "clipping-saturated",
+        "repetitive-generation",
+        "incoherent-generation",
+    ),
     inject=inject,
 )

@@ -143,6 +143,7 @@ condition = Condition(
         "exploding-gradients",
         "loss-spike",
         "attention-logit-growth",
+        "clipping-saturated",
         "half-precision-overflow",
         "non-finite-weights",
         "repetitive-generation",

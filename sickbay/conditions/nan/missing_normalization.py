@@ -111,7 +111,7 @@ condition = Condition(
             "repetitive-generation",
             "incoherent-generation",
         ),
-        *("attention-logit-growth", "loss-spike", "non-finite-weights", "scaler-collapse", "poor-initialization"),
+        *("attention-logit-growth", "loss-spike", "non-finite-weights", "scaler-collapse", "poor-initialization", "clipping-saturated"),
     ),
     inject=inject,
 )
