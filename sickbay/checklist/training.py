@@ -21,9 +21,10 @@ RATE = 3e-4  # of the AdamW that stands in where no optimizer was given
 OURS = frozenset(
     {
         "learning-rate-too-high", "learning-rate-too-low", "missing-warmup", "schedule-misconfigured", "optimizer-missing-parameters",
-        "clipping-saturated", "loss-plateau", "undertrained-model", "model-too-small",
+        "clipping-saturated", "loss-plateau",
     }
 )  # fmt: skip
+SHORT = frozenset({"undertrained-model", "model-too-small"})  # what would be said of a training of so few steps, which are ours always
 HIGH = Threshold(
     2.0, "nats above ln V", source="logits of variance s^2 add s^2/2: 2 nats are a standard deviation of 2, of a fresh model too sure"
 )
@@ -71,13 +72,14 @@ def train(target: Target, calling: Calling, folder: str, seconds: float) -> dict
 
 
 def verdict(folder: str, own_optimizer: bool) -> tuple[Chart, Checkup]:
-    """What the conditions say of the record in `folder`; nothing about an optimizer that the user has not chosen."""
+    """What the conditions say of the record in `folder`; nothing about its length, nor about an optimizer that the user has not chosen."""
     from sickbay import registry
     from sickbay.core.condition import checkup
     from sickbay.core.reader import load_chart
 
     chart = load_chart(folder)
-    asked = [c for c in registry.conditions().values() if own_optimizer or c.id not in OURS]
+    left_out = SHORT if own_optimizer else SHORT | OURS
+    asked = [c for c in registry.conditions().values() if c.id not in left_out]
     return chart, checkup(chart, asked)
 
 

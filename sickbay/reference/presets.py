@@ -1,0 +1,83 @@
+"""The presets as targets of a checkup: `sickbay checkup sickbay.reference.presets:small`.
+
+Each function gives what `sickbay train TEXT --preset NAME` makes of the shipped text: model, batches, loss and optimizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sickbay.reference import data
+from sickbay.reference.models.model import Transformer
+from sickbay.reference.processes.world import ALONE
+from sickbay.reference.saving import random_states
+from sickbay.reference.settings import presets, settings
+from sickbay.reference.settings.recipe import Recipe
+from sickbay.reference.training.loss import next_token_loss
+from sickbay.reference.training.optimizer import make_optimizer
+from sickbay.reference.training.start import starting_model
+
+BATCHES = 24  # as many as a checkup takes
+TOKENS = 1024  # of a batch, or one row: more would ask a processor the same questions for minutes
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a checkup takes, by these names."""
+
+    model: Transformer
+    batches: list[data.Batch]
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+
+    def loss(self, model: nn.Module, batch: data.Batch) -> Tensor:
+        """The mean loss of a batch in nats, as the training loop takes it."""
+        ids_BT, targets_BT = batch
+        pad_id = self.model.config.pad_id
+        return next_token_loss(model, ids_BT, targets_BT, pad_id, None, self.recipe.label_smoothing, self.recipe.z_loss)
+
+
+def tiny() -> Target:
+    """Of `--preset tiny`."""
+    return of_preset("tiny")
+
+
+def small() -> Target:
+    """Of `--preset small`."""
+    return of_preset("small")
+
+
+def base() -> Target:
+    """Of `--preset base`."""
+    return of_preset("base")
+
+
+def gpt2() -> Target:
+    """Of `--preset gpt2`, with as many ids as the shipped text can teach a byte-pair tokenizer."""
+    return of_preset("gpt2")
+
+
+def best() -> Target:
+    """Of `--preset best`."""
+    return of_preset("best")
+
+
+def of_preset(name: str) -> Target:
+    """The target of preset `name`, at its highest learning rate, with fewer rows in a batch. Raises KeyError for a name that is none."""
+    text = data.shipped_text()
+    wanted = settings.checked(settings.layered(presets.PRESETS[name]), (str(text),))
+    recipe, context = wanted.recipe, wanted.model.context
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = data.prepare([text], Path(folder), wanted.data, context=context)
+        config = dataclasses.replace(wanted.model, vocab_size=corpus.tokenizer.vocab_size)
+        rows = min(recipe.batch_size, max(1, TOKENS // context))
+        batches = list(itertools.islice(data.train_batches(corpus, wanted.data, context, rows, recipe.seed, 0, ALONE.rows), BATCHES))
+    random_states.seed(recipe.seed)
+    model = starting_model(config, recipe)
+    return Target(model, batches, make_optimizer(model, recipe), recipe)
