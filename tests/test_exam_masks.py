@@ -65,6 +65,15 @@ def test_a_sliding_window_blocks_far_positions_only() -> None:
     assert found["future_influence"] == 0
 
 
+def test_tokens_that_fade_on_their_way_are_not_blocked_by_a_mask() -> None:
+    ids, targets = text()
+    model = Model("causal")
+    fading = [part for _ in range(20) for part in (nn.Linear(D, D), nn.Sigmoid())]
+    model.tokens = nn.Sequential(model.tokens, *fading)  # type: ignore[assignment]
+    patient, logits = patient_of(model, ids)
+    assert "past_blocked" not in answers(patient, loss_of(logits, targets)).readings
+
+
 def test_one_layer_that_misses_the_nearest_position_shows_there() -> None:
     ids, targets = text()
     patient, logits = patient_of(Model("not the nearest", depth=1), ids)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sickbay.exams.perturbation import Readout, Tokens, change, locate, replacing
+from sickbay.exams.perturbation import NOISE, Readout, Tokens, change, locate, replacing
 from sickbay.exams.sequences import Rerun
 
 SETTLED_STEP = 5  # by then an output projection that began at zero has moved
@@ -134,10 +134,14 @@ class Past:
 
 
 def past(view: View) -> Past | None:
-    """One position per row is changed, twice: which later counted answers of the row stay as they were. None without such pairs."""
+    """One position per row is changed, twice: which later counted answers of the row stay as they were. None without such pairs.
+
+    A change that moves no answer by more than rounding says nothing of who sees whom: all that enters may fade on its way.
+    """
     batch, length = view.tokens.ids.shape
     answers = torch.arange(view.counted.shape[1])
     asked = view.counted & view.real
+    rounding = NOISE * float(torch.nan_to_num(view.baseline, 0.0, 0.0, 0.0).abs().max())
     pairs = still = nearest = nearest_still = span = 0
     for run in range(2):
         where = torch.zeros(batch, length, dtype=torch.bool)
@@ -157,7 +161,7 @@ def past(view: View) -> Past | None:
             if view.documents is not None:
                 later &= view.documents[row] == view.documents[row, min(position, len(answers) - 1)]
             moved = effect[row] > 0
-            if not bool(later.any()) or not bool(moved.any()):
+            if not bool(later.any()) or not bool((effect[row] > rounding).any()):
                 continue
             pairs += int(later.sum())
             still += int((later & ~moved).sum())

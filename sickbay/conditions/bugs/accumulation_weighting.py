@@ -102,6 +102,6 @@ condition = Condition(
     uses=("dropped_backwards",),
     diagnose=diagnose,
     prescribes=("weight-by-tokens",),
-    leads_to=("repetitive-generation", "incoherent-generation"),
+    leads_to=("clipping-saturated", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

@@ -158,6 +158,7 @@ condition = Condition(
     diagnose=diagnose,
     prescribes=("scale-initialization",),
     leads_to=(
+        "clipping-saturated",
         *("loss-plateau", "learning-rate-too-low", "missing-warmup"),
         *(
             "vanishing-gradients",

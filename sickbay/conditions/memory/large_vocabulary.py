@@ -67,5 +67,6 @@ condition = Condition(
     needs=("vocabulary_used",),
     diagnose=diagnose,
     prescribes=("prune-vocabulary",),
+    leads_to=("undertrained-model",),
     inject=inject,
 )

@@ -54,5 +54,6 @@ condition = Condition(
     needs=("throughput_gain",),
     diagnose=diagnose,
     prescribes=("larger-batch",),
+    leads_to=("undertrained-model",),
     inject=inject,
 )
