@@ -87,6 +87,6 @@ condition = Condition(
     uses=("learning_rate", "skipped_step"),
     diagnose=diagnose,
     prescribes=("fix-optimizer",),
-    leads_to=("repetitive-generation", "incoherent-generation"),
+    leads_to=("clipping-saturated", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )
