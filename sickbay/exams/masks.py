@@ -14,6 +14,7 @@ from sickbay.exams.matching import Main, answers_with, best_fit, matching_loss, 
 from sickbay.exams.padding import Padding, config_value, find_documents, find_padding
 from sickbay.exams.perturbation import NOISE, Tokens, change, find_readout
 from sickbay.exams.rows import row_influence
+from sickbay.exams.scored import scored_targets
 from sickbay.exams.sensitivity import Graph, graph_of
 from sickbay.exams.sensitivity import mixing as gradient_mixing
 from sickbay.exams.sensitivity import padding as padding_sensitivity
@@ -100,7 +101,8 @@ class Examination:
             for call in calls:
                 if call.targets.numel() == target.values.numel():
                     target.source = call.source
-        return targets or [target for target in map(from_call, calls) if target is not None]
+        targets = targets or [target for target in map(from_call, calls) if target is not None]
+        return targets or (scored_targets(self.loss) if self.loss is not None and self.loss.grad_fn is not None else [])
 
     def _sequences(self) -> tuple[Rerun, Observation, list[list[Lookup]]] | None:
         """The repeatable forward that looks tokens up: the largest module's call first, the newest among equals."""
@@ -117,7 +119,7 @@ class Examination:
     def _over_tokens(self, again: Rerun, seen: Observation, groups: list[list[Lookup]], targets: list[Targets]) -> None:
         captured = {call.targets.numel() for call in self.patient.losses}  # those the loss functions' own probe has counted
         for target in targets:
-            if target.values.numel() in captured or target.values.numel() == 0:
+            if target.scored or target.values.numel() in captured or target.values.numel() == 0:
                 continue
             ignored = float((~target.counted).float().mean())
             place = ("", target.source or again.source(""))

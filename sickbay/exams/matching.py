@@ -32,14 +32,27 @@ def answers_with(again: Rerun, seen: Observation, target: Targets) -> bool:
 def best_fit(target: Targets, groups: list[list[Lookup]], seen: Observation) -> Main | None:
     """`target` with the token input that it fits best; None if it fits none."""
     fits = [
-        (target, group, found) for group in groups if (found := align(target, group[0].ids, time_axis(seen, tuple(group[0].ids.shape))))
+        (target, group, found)
+        for group in groups
+        if not _own_look_up(target, group) and (found := align(target, group[0].ids, time_axis(seen, tuple(group[0].ids.shape))))
     ]
     return max(fits, key=lambda fit_: (fit_[2].offset >= 0, fit_[2].match.get(fit_[2].offset, 0.0)), default=None)
 
 
+def _own_look_up(target: Targets, group: list[Lookup]) -> bool:
+    """True for the look-up by which a model that scores its targets itself has embedded them: those ids are looked up nowhere else."""
+    ids = group[0].ids
+    return target.scored == 1 and ids.shape == target.values.shape and torch.equal(ids, target.values)
+
+
 def placed_fit(target: Targets, groups: list[list[Lookup]], seen: Observation) -> Main | None:
-    """As `best_fit`; where sizes do not tell which outputs the loss took (a selection, a slice), they are found by their values."""
+    """As `best_fit`; where sizes do not tell which outputs the loss took (a selection, a slice), they are found by their values.
+
+    What is scored may have nothing to do with the input: it is taken for its targets only where it agrees with it.
+    """
     best = best_fit(target, groups, seen)
+    if target.scored:
+        return best if best is not None and best[2].offset >= 0 else None
     if best is not None and best[2].values.numel() == best[1][0].ids.numel():
         return best
     inside = matching_loss(seen, [target])

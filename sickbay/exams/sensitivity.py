@@ -72,7 +72,7 @@ def graph_of(loss: Tensor) -> Graph | None:
         ):
             readout, shape = node.next_functions[0][0], tuple(node._saved_self.shape)
         spread = spread or _over_batch(node, name)
-        ids, padding_idx = _looked_up(node, name)
+        ids, padding_idx = looked_up(node, name)
         if ids is not None:
             embedded[len(seen.lookups)] = node
             grid = ids if ids.dim() == 2 else ids[None]
@@ -95,7 +95,8 @@ def _over_batch(node: Any, name: str) -> bool:
     return 0 in {axis % operand.dim() for axis in axes} and len(axes) == operand.dim() - 1
 
 
-def _looked_up(node: Any, name: str) -> tuple[Tensor | None, int]:
+def looked_up(node: Any, name: str) -> tuple[Tensor | None, int]:
+    """(ids, padding_idx or -1) of a node that looks rows of a trainable table up by ids; (None, -1) of any other."""
     if name.startswith("EmbeddingBackward") and is_ids(node._saved_indices):
         padding_idx = int(node._saved_padding_idx)
         return node._saved_indices, padding_idx if padding_idx < 2**63 else -1

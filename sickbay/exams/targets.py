@@ -33,7 +33,8 @@ class Targets:
     """What one loss was given. `values`: int64 of any shape; `counted`: bool of that shape; `certain`: False where `counted` is a guess.
 
     `logits`: `(N, V)`, or their log-probabilities where `normalised`; None if unknown. Where the targets had to be placed by value,
-    `index` `(N,)` is each one's place in the flattened ids and `raw` what the loss was given.
+    `index` `(N,)` is each one's place in the flattened ids and `raw` what the loss was given. `scored`: look-ups of
+    ids whose score is to rise, 0 for other targets.
     """
 
     values: Tensor
@@ -45,6 +46,7 @@ class Targets:
     normalised: bool = False
     index: Tensor | None = None
     raw: Tensor | None = None
+    scored: int = 0
 
 
 @dataclass
