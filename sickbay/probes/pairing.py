@@ -26,7 +26,7 @@ from sickbay.probes.purse import Purse
 SIGNALS = ("pairing_gain", "input_conflicts", "input_dependence")
 
 SHARE = 0.0015  # of the run's time
-FIRST = 0.02  # seconds: some dozens of looks, so that a run of seconds is seen as well
+FIRST = 0.05  # seconds: some hundred looks, so that a run of seconds is seen as well
 
 
 def _squares(output: Tensor, target: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Pairing:
     def __init__(self, patient: Patient, record: RecordWriter, loop: Loop) -> None:
         self.patient, self.record = patient, record
         self._purse = Purse(SHARE, FIRST)
-        self._evaluation_purse = Purse(SHARE / 4, FIRST / 2)  # so that something is left for what comes late
+        self._evaluation_purse = Purse(SHARE / 4, FIRST / 5)  # so that something is left for what comes late
         self._rows: tuple[int, int] | None = None
         self._last: dict[int, float] = {}
         self._targets: Counter[float] = Counter()

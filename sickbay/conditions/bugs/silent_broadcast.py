@@ -63,6 +63,6 @@ condition = Condition(
     needs=("paired_broadcast",),
     diagnose=diagnose,
     prescribes=("same-shape",),
-    leads_to=("loss-plateau",),
+    leads_to=("loss-plateau", "clipping-saturated"),
     inject=inject,
 )
