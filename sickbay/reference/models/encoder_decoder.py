@@ -5,6 +5,7 @@ S counts the positions of the source, T those of the target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +17,7 @@ from sickbay.reference.models.cache import Cache, LayerCache
 from sickbay.reference.models.config import Config
 from sickbay.reference.models.encoder import Encoder
 from sickbay.reference.models.initialise import initialise
-from sickbay.reference.models.model import positions_of, visibility
+from sickbay.reference.models.model import Step, Through, in_turn, positions_of, visibility
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,26 @@ class CrossBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The target's side without embedding and head, which are the encoder's."""
+    """The target's side without embedding and head, which are the encoder's. `through`: as Transformer's."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.position_embedding = nn.Embedding(config.context, config.dim) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.num_layers))
+        self.through: Through = in_turn
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         initialise(self, config, writes=3 * config.num_layers)
+
+
+def looking(block: nn.Module, source: tuple[Tensor, Tensor], source_visible_B1TS: Tensor | None) -> Step:
+    """`block` with what it sees of the source, to be called as a decoder-only model's block is."""
+
+    def step(x_BTD: Tensor, visible_B1TT: Tensor | None, rotation: Rotation | None, cache: LayerCache | None) -> Tensor:
+        seen_BTD: Tensor = block(x_BTD, visible_B1TT, rotation, source, source_visible_B1TS, cache)
+        return seen_BTD
+
+    return step
 
 
 class EncoderDecoder(nn.Module):
@@ -175,9 +187,9 @@ class EncoderDecoder(nn.Module):
         else:
             rotation = rotation_at(positions, config)
         x_BTD = self.decoder.dropout(x_BTD)
-        caches = [None] * config.num_layers if cache is None else cache.layers
-        for block, source, layer in zip(self.decoder.blocks, memory.keys_values, caches):
-            x_BTD = block(x_BTD, visible_B1TT, rotation, source, source_visible_B1TS, layer)
+        caches: Sequence[LayerCache | None] = [None] * config.num_layers if cache is None else cache.layers
+        blocks = [looking(block, source, source_visible_B1TS) for block, source in zip(self.decoder.blocks, memory.keys_values)]
+        x_BTD = self.decoder.through(blocks, x_BTD, visible_B1TT, rotation, caches)
         normed_BTD: Tensor = self.decoder.final_norm(x_BTD)
         return normed_BTD
 

@@ -13,7 +13,8 @@ from sickbay.reference.models.cache import Cache, LayerCache
 from sickbay.reference.models.config import Config
 from sickbay.reference.models.initialise import initialise
 
-Through = Callable[[Sequence[nn.Module], Tensor, "Tensor | None", "Rotation | None", Sequence["LayerCache | None"]], Tensor]
+Step = Callable[[Tensor, "Tensor | None", "Rotation | None", "LayerCache | None"], Tensor]
+Through = Callable[[Sequence[Step], Tensor, "Tensor | None", "Rotation | None", Sequence["LayerCache | None"]], Tensor]
 
 
 class LanguageModel(Protocol):
@@ -98,7 +99,7 @@ class Transformer(nn.Module):
 
 
 def in_turn(
-    blocks: Sequence[nn.Module],
+    blocks: Sequence[Step],
     x_BTD: Tensor,
     visible_B1TS: Tensor | None,
     rotation: Rotation | None,

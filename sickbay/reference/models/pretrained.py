@@ -205,7 +205,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     elif pickles := sorted(folder.glob("*.bin")):
         raise UsageError(f"{pickles[0]} is a pickle, which can run code when it is read; save the model as safetensors first")
     else:
-        raise UsageError(f"{folder} holds neither {ONE_FILE} nor {INDEX}")
+        raise UsageError(f"{folder} holds neither {ONE_FILE} nor {INDEX}: it has no weights; give the folder that save_pretrained wrote")
     for name in files:
         if Path(name).name != name:
             raise UsageError(f"{folder / INDEX} names {name!r}, which is not in the folder")

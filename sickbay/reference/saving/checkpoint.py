@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from sickbay.reference.models import lora
 from sickbay.reference.models.config import Config
+from sickbay.reference.models.kinds import DECODER, KINDS, Model, kind_of
 from sickbay.reference.models.model import Transformer
 from sickbay.reference.processes.world import ALONE, World
 from sickbay.reference.saving import durable, random_states, shards
@@ -50,7 +51,7 @@ class State:
     """What a checkpoint says of itself.
 
     `step`: optimizer steps taken. `source`: sha256 of the text. `recipe`: the Recipe's fields. `scaler`: of torch.amp.GradScaler.
-    `progress`: what the loop itself remembers. `groups`: the optimizer's settings, group by group.
+    `progress`: what the loop itself remembers. `groups`: the optimizer's settings, group by group. `kind`: of model, a key of KINDS.
     """
 
     step: int
@@ -62,13 +63,14 @@ class State:
     scaler: dict[str, Any] | None = None
     progress: dict[str, Json] = dataclasses.field(default_factory=dict)
     groups: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    kind: str = DECODER
 
 
 def save(
     run: Path,
     *,
     step: int,
-    model: Transformer,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     recipe: Mapping[str, Any],
     source: str,
@@ -85,7 +87,7 @@ def save(
     """
     target = run / f"{PREFIX}{step:06d}"
     partial = durable.partial_of(target)
-    config = model.config
+    config, kind_of_model = model.config, kind_of(model)
 
     def order(name: str) -> list[int] | None:
         return world.row_order(name, config)
@@ -108,6 +110,7 @@ def save(
         state = {
             "format": FORMAT,
             "step": step,
+            "kind": kind_of_model,
             "config": dataclasses.asdict(config),
             "recipe": dict(recipe),
             "source": source,
@@ -161,11 +164,22 @@ def read(path: Path, tell: Callable[[str], None] | None = None) -> State:
 
 
 def load_weights(state: State, device: str = "cpu", *, averaged: bool = False) -> Transformer:
-    """The model as it was saved, whole, on `device`, adapters merged; `averaged`: with the average of its weights.
+    """The decoder as it was saved, whole, on `device`, adapters merged; `averaged`: with the average of its weights.
 
-    Raises ValueError where the files do not belong to the config.
+    Raises ValueError where the files do not belong to the config, or the model is no decoder.
     """
-    model = Transformer(state.config)
+    if state.kind != DECODER:
+        raise ValueError(
+            f"the model in {state.folder} is of kind {state.kind}, which writes no text by itself; checkpoint.load_model reads it"
+        )
+    model = load_model(state, device, averaged=averaged)
+    assert isinstance(model, Transformer)
+    return model
+
+
+def load_model(state: State, device: str = "cpu", *, averaged: bool = False) -> Model:
+    """As `load_weights`, a model of any kind."""
+    model: Model = KINDS[state.kind](state.config)
     rank = state.recipe.get("lora_rank")
     if rank is not None:
         lora.apply(model, rank, state.recipe["lora_alpha"], listed(state.recipe["lora_targets"]))
@@ -178,6 +192,8 @@ def load_weights(state: State, device: str = "cpu", *, averaged: bool = False) -
 
 def restore_weights(state: State, model: nn.Module, *, averaged: bool = False, world: World = ALONE) -> None:
     """`model`, already dealt out over `world`, has the saved weights. Raises ValueError where files and model do not belong together."""
+    if isinstance(model, Model) and kind_of(model) != state.kind:
+        raise ValueError(f"the model in {state.folder} is of kind {state.kind}; this one is of kind {kind_of(model)}")
     restore_tensors(state, "average" if averaged else "model", named_weights(model), world)
 
 
@@ -324,6 +340,7 @@ def _read(folder: Path) -> State:
             scaler=state["scaler"],
             progress=state["progress"],
             groups=state["groups"],
+            kind=state.get("kind", DECODER),
         )
     except (KeyError, TypeError, OSError) as problem:
         raise ValueError(f"{type(problem).__name__}: {problem}") from problem

@@ -10,29 +10,33 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sickbay.reference.models.blocks import Rotation
 from sickbay.reference.models.cache import LayerCache
-from sickbay.reference.models.model import Through, Transformer, in_turn
+from sickbay.reference.models.encoder_decoder import EncoderDecoder
+from sickbay.reference.models.kinds import Model
+from sickbay.reference.models.model import Step, Through, in_turn
 from sickbay.reference.settings.recipe import Recompute
 
 
-def recompute(model: Transformer, kind: Recompute) -> None:
+def recompute(model: Model, kind: Recompute) -> None:
     """`model` keeps one input per block ("block"), or about sqrt(layers) of them ("sqrt", Chen et al. 2016), or all; gradients stay.
 
-    "block" holds L inputs and one block's activations; "sqrt" about sqrt(L) inputs and sqrt(L) blocks' activations.
+    "block" holds L inputs and one block's activations; "sqrt" about sqrt(L) inputs and sqrt(L) blocks' activations; of an encoder-decoder
+    either side does.
     """
-    layers = len(model.blocks)
-    model.through = {"none": in_turn, "block": in_segments(1), "sqrt": in_segments(round(math.sqrt(layers)))}[kind]
+    for side in (model.encoder, model.decoder) if isinstance(model, EncoderDecoder) else (model,):
+        length = round(math.sqrt(len(side.blocks)))
+        side.through = {"none": in_turn, "block": in_segments(1), "sqrt": in_segments(length)}[kind]
 
 
 def in_segments(length: int) -> Through:
     """The blocks in turn, `length` at a time, of which only the input is kept."""
 
     def through(
-        blocks: Sequence[nn.Module],
+        blocks: Sequence[Step],
         x_BTD: Tensor,
         visible_B1TS: Tensor | None,
         rotation: Rotation | None,
