@@ -39,7 +39,9 @@ def test_nothing_is_found_on_a_training_of_the_preset(name: str, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "best"])
 def test_nothing_is_found_in_a_checkup_of_the_preset(name: str, tmp_path: Path) -> None:
-    found = told("checkup", "--json", "--skip", "throughput,learning-rate,settings,memory", f"sickbay.reference.presets:{name}", folder=tmp_path)
+    found = told(
+        "checkup", "--json", "--skip", "throughput,learning-rate,settings,memory", f"sickbay.reference.presets:{name}", folder=tmp_path
+    )
     assert found["findings"] == []
     verdicts = {row["exam"]: row["verdict"] for row in found["exams"]}
     assert {verdicts[exam] for exam in ("shapes", "gradients", "initial-loss", "labels", "causality", "training", "overfit")} == {"ok"}
