@@ -41,6 +41,7 @@ EXAMS: tuple[str, ...] = (
     "custom_backward",
     "settings",
     "memory_parts",
+    "overflow",
 )
 
 _MASKS_AT = (0, 1, 2, 5, 20, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -135,6 +136,15 @@ def test_gradients_that_overflow_under_a_loss_scale_are_the_scalers_business() -
     backward = born("mm", operand(-6e4, 6e4), phase="backward", dtype="float16")
     assert found(chart(first_nonfinite=[backward], loss_scale=[65536.0] * 9, skipped_step=[0.0] * 7 + [1.0, 0.0])) == []
     assert found(chart(first_nonfinite=[backward])) == ["half-precision-overflow"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0])
+def test_gradients_that_overflow_without_being_scaled_up_are_not(scale: float) -> None:
+    backward = born("mm", operand(-6e4, 6e4), phase="backward", dtype="float16")
+    backward = dataclasses.replace(backward, note={**backward.note, "loss_scale": scale})
+    falling, skipped = [2.0**-power for power in range(-8, 4)], [1.0] * 12
+    conditions_found = found(chart(first_nonfinite=[backward], loss_scale=falling, skipped_step=skipped))
+    assert ("half-precision-overflow" in conditions_found) == (scale <= 1)
 
 
 def test_missing_targets_take_the_zero_over_zero_of_their_own_step() -> None:

@@ -93,6 +93,30 @@ def locate(
     return Finding(**answer) if answer is not None else NoAnswer(f"the step was run again and its {what} was finite")
 
 
+def locate_overflow(patient: Patient, scale: float) -> Finding | NoAnswer:
+    """The first operation whose gradient leaves float16 when the step's loss is differentiated at the loss scale `scale`.
+
+    For the moment before a step that a GradScaler leaves out is over. NoAnswer where the loss cannot be had again, or its gradient fits.
+    """
+
+    def question() -> dict[str, Any] | None:
+        patient.muted, patient.scale = True, scale
+        for call in reversed(patient.training_calls()):
+            output, watch = replay(call, keep=True)
+            result, cotangent, how = rebuilt_loss(patient, output, watch)
+            origin = _earliest(differentiate(result, cotangent, watch, bare(call.module))) if result.dim() == 0 else None
+            if origin is not None and origin.kind == "operation" and origin.result.dtype == torch.float16:
+                finding = _from_origin(origin, watch, call, "backward").finding
+                finding.note |= {"loss_scale": scale, "traced": f"{finding.note['traced']}; {how}"}
+                return asdict(finding)
+        return None
+
+    answer = ask(question, 60)
+    if isinstance(answer, NoAnswer):
+        return answer
+    return Finding(**answer) if answer is not None else NoAnswer("the step was run again and its gradient fitted float16")
+
+
 @contextlib.contextmanager
 def _untouched(patient: Patient) -> Iterator[None]:
     """After it, RNG and buffers are as before; gradients are never written by a question."""

@@ -2,7 +2,7 @@
 
 Events, in the order a plain loop causes them:
     forward_begin(call)  loss(loss_call)  forward_end(call, output)  backward_asked()  backward_begin(loss, kind)  backward_end(loss, kind)
-    unscaled()  clip(norm, max_norm, parameters)  step_begin(optimizer, late)  step_end(optimizer)  scaler(scale, skipped)
+    unscaled()  clip(norm, max_norm, parameters)  step_begin(optimizer, late)  step_end(optimizer)  left_out(scale)  scaler(scale, skipped)
     round_end(step)  functional(rerun)  optimizer_created(optimizer)  compiling()  outgrown(function, operands, result, start)
 
 A step that is given a closure makes its gradients inside: closure_begin(optimizer) comes before it, step_begin with `late` after it.

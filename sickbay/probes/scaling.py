@@ -60,6 +60,7 @@ class Scaling:
             result = original(scaler, optimizer, *args, **kwargs)
             with self.loop.sheltered("scaler"):
                 if before == self.loop.steps_taken():
+                    self.loop.emit("left_out", float(scaler.get_scale()))
                     self.loop.end_step()  # the optimizer was not called: a step that the scaler left out
             return result
 

@@ -11,7 +11,7 @@ vanishing; it can do nothing for an activation that overflows in the forward pas
 
 Tell apart
 softmax-overflow: the overflowing operation is an exponential.
-scaler-collapse: only gradients overflow, or this condition keeps every step from being taken.
+scaler-collapse: only gradients overflow, and only multiplied by a loss scale above 1, or this condition keeps every step from being taken.
 exploding-gradients: float32 would overflow too, a few steps later.
 
 Cure
@@ -25,6 +25,7 @@ T5's feed-forward: huggingface/transformers#4586.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sickbay.core.chart import Chart
@@ -33,6 +34,7 @@ from sickbay.core.diagnosis import Diagnosis, Evidence, Threshold, number
 from sickbay.core.nonfinite import Origin, origins
 
 LARGEST = Threshold(65504.0, "float16", source="IEEE 754-2019, table 3.5: the largest finite binary16")
+UNSCALED = Threshold(1.0, "factor", source="definition: at 1 the loss is as it is, and a scaler's only way out is to make it smaller")
 NOT_BY_SIZE = frozenset(
     {"exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logit", "xlogy", "sqrt", "rsqrt", "reciprocal"}
     | {"softmax", "safe_softmax", "log_softmax", "masked_fill", "where", "nll_loss", "cross_entropy"}
@@ -43,8 +45,9 @@ DIVISIONS = frozenset({"div", "true_divide", "truediv", "addcdiv"})
 def diagnose(chart: Chart) -> Diagnosis | None:
     scaled = bool(len(chart["loss_scale"]))
     for origin in origins(chart["first_nonfinite"]):
-        # Gradients that overflow under a loss scale are what the scaler is there to catch.
-        if _outgrew(origin) and (origin.forward or not scaled):
+        # Gradients that overflow under a loss scale are what the scaler is there to catch, as long as it makes them larger.
+        unscaled = not scaled or float(origin.reading.note.get("loss_scale", math.inf)) <= UNSCALED
+        if _outgrew(origin) and (origin.forward or unscaled):
             operand = f" from operands up to {number(origin.largest)}" if origin.largest == origin.largest else ""
             return Diagnosis(
                 summary=f"{origin.op} at {origin.place} passed {number(LARGEST)}, the largest float16{operand}",
