@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,17 @@ def test_missing_normalisation_needs_blocks_and_their_activations() -> None:
     assert "missing-normalization" in checkup(chart(loss=[3.0]), NAN_CHAPTER).unexamined
     summed = chart(normalization_ops=norms(0), activation_rms=blocks([1.0, 1.5]), loss=[2000.0], chance_loss=CHANCE)
     assert verdict("missing-normalization", summed) is None, "a summed loss is not a bad start"
+
+
+def test_the_normalisation_of_a_model_trained_earlier_is_not_the_later_ones() -> None:
+    def two(teacher: int, student: int) -> Chart:
+        ops = [dataclasses.replace(r, step=step) for r, step in ((norms(2, blocks=2)[0], teacher), (norms(0, blocks=3)[0], student))]
+        rms = [dataclasses.replace(r, step=student) for r in blocks([1.0, 8.0, 64.0])]
+        losses = [1.8] * 4 + [30.0] * 4
+        return chart(normalization_ops=ops, activation_rms=[*blocks([1.0, 1.1]), *rms], loss=losses, chance_loss=CHANCE)
+
+    assert "grow 64 x" in finding("missing-normalization", two(0, 4)).summary
+    assert verdict("missing-normalization", two(4, 4)) is None, "side by side it is not known whose is whose"
 
 
 def scale(value: float, head_dim: int = 16, **note: Any) -> list[Reading]:

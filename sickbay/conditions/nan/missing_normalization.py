@@ -41,14 +41,16 @@ FEWEST_BLOCKS = 2
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
-    normed = [reading for reading in chart["normalization_ops"] if reading.value > 0]
-    bare = next((r for r in chart["normalization_ops"] if r.value == 0 and r.note.get("blocks", 0) >= FEWEST_BLOCKS), None)
-    if normed or bare is None:
+    # A run may train several models one after another: a teacher's normalisation is none of its student's.
+    normed = {r.note.get("blocks", 0) for r in chart["normalization_ops"] if r.value > 0}
+    unnormed = [r for r in chart["normalization_ops"] if r.value == 0 and r.note.get("blocks", 0) >= FEWEST_BLOCKS]
+    bare = next((r for r in unnormed if r.note["blocks"] not in normed), None)
+    if bare is None or any(r.value > 0 and r.step >= bare.step for r in chart["normalization_ops"]):
         return None
-    growth, last = _growth(chart)
+    growth, last = _growth(chart, bare.step)
     if last is None:
         return NotExamined("activations were not sampled")
-    first = next((r.value for r in chart["loss"]), math.nan)
+    first = next((r.value for r in chart["loss"] if r.step >= bare.step), math.nan)
     chance = next((r.value for r in chart["chance_loss"]), math.nan)
     above = not first < LOSS_RATIO * chance and chance == chance and first == first
     if not growth > (GROWTH_WITH_LOSS if above else GROWTH):
@@ -65,11 +67,12 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     )
 
 
-def _growth(chart: Chart) -> tuple[float, Reading | None]:
-    """RMS of the deepest block over the shallowest at the first step that sampled both, and the deepest block's reading."""
+def _growth(chart: Chart, begin: int) -> tuple[float, Reading | None]:
+    """RMS of the deepest block over the shallowest at the first step from `begin` on that sampled both, and the deepest block's reading."""
     steps: dict[int, list[Reading]] = {}
     for reading in chart["activation_rms"]:
-        steps.setdefault(reading.step, []).append(reading)
+        if reading.step >= begin:
+            steps.setdefault(reading.step, []).append(reading)
     for rows in steps.values():
         shallow, deep = (pick(rows, key=lambda r: r.note.get("depth", 0)) for pick in (min, max))
         if deep is not shallow and shallow.value > 0:
