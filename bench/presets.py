@@ -127,7 +127,10 @@ def main() -> int:
     found = sum(len(each.found) for pair in outcomes.values() for each in pair)
     heading = ["preset", "trained for", "run: found", "healthy / not examined", "took", "checkup: found", "healthy / not examined", "took"]
     if args.write:
-        about = 'Every preset under `sickbay run -m sickbay train` and `sickbay checkup sickbay.reference.presets:NAME`; "nothing" is nothing critical and no warning.'
+        about = (
+            "Every preset under `sickbay run -m sickbay train` and `sickbay checkup sickbay.reference.presets:NAME`; "
+            '"nothing" is nothing critical and no warning.'
+        )
         section = f"## Presets\n\n{about}\n\n{results.table(heading, rows)}\n\n{results.conditions()} {args.jobs} at once."
         results.put("presets", section)
     return 1 if found else 0
