@@ -26,11 +26,12 @@ from sickbay.probes.loop import Loop
 
 SIGNALS = ("float64_gain", "loop_gain", "broadcast_gain", "attention_gain", "copy_share", "single_forwards", "throughput_gain")
 
-_AT = (6, 20, 60, 200, 600)  # steps: the first is past what starting up costs
-_PASSES = 7  # forwards and backwards that the question takes, as long as nothing turns up
+_AT = (6, 20, 40, 60, 100, 200, 600)  # steps: the first is past what starting up costs
+_PASSES = {True: 4, False: 7}  # forwards and backwards that the question takes, as long as nothing turns up, where one is long or not
+_LONG = 0.1  # seconds: what takes this long is timed well enough by one pass
 _SHORT = 0.5  # seconds: a question of this length may be asked once early
 _CAUSED = 4.0  # seconds: with a cause to ask (float64, single rows, very many operations)
-_SHARE_OF_RUN = 0.05  # what a first question may take of the run so far
+_SHARE_OF_RUN = 0.1  # what a first question may take of the run so far
 _MOST = 8.0  # seconds
 _SINGLE = 8  # calls of one row in a step that are worth a question
 _MANY_NODES = 1500  # autograd nodes in a step: more than most models of some dozen layers make in one forward
@@ -95,7 +96,8 @@ class Speed:
         single = statistics.median(entry[0] for entry in self._single_steps)
         wide = any(p.dtype == torch.float64 for p in bare(call.module).parameters())
         caused = wide or single >= _SINGLE or self._nodes > _MANY_NODES * max(1, len(calls))
-        expected = _PASSES * statistics.median(self._steps[1:]) / self._last_calls
+        one = statistics.median(self._steps[1:]) / self._last_calls
+        expected = _PASSES[one >= _LONG] * one
         elapsed = time.monotonic() - self._began
         if not (self.asking.affordable() or expected < _SHORT or expected < _SHARE_OF_RUN * elapsed or (caused and expected < _CAUSED)):
             self._asked += 1
@@ -188,8 +190,8 @@ def question(call: ForwardCall, wide: bool, singles: int, most: float) -> dict[s
         known = {reading["signal"] for reading in found}
         readings.extend(found + [{"signal": signal, "value": 0.0, "note": {}} for signal in signals if signal not in known])
 
-    op_profile.pass_seconds(call, call.args, call.kwargs, most, times=1)  # pages of the copy are copied at first touch
-    seconds = op_profile.pass_seconds(call, call.args, call.kwargs, most / 8, times=3)
+    first = op_profile.pass_seconds(call, call.args, call.kwargs, most, times=1)  # pages of the copy are copied at first touch
+    seconds = op_profile.pass_seconds(call, call.args, call.kwargs, most / 8, times=1 if first >= _LONG else 3)
     if singles:
         ask(("single_forwards",), lambda: [_together(call, singles, seconds, most / 4)])
     if wide:

@@ -91,8 +91,8 @@ def _harm(chart: Chart, losses: list[float]) -> str:
 
 
 def inject(case: Any) -> Any:
-    """A learning rate of 0.1 from the first step on."""
-    return case.but(learning_rate=0.1, warmup=0, clip=None)
+    """A learning rate of 0.3 from the first step on."""
+    return case.but(learning_rate=0.3, warmup=0, clip=None)
 
 
 condition = Condition(

@@ -85,7 +85,7 @@ def inject(case: Any) -> Any:
     kept = case.corpus[: 10 * end].clone()
     training = kept[: 9 * end]
     training[:] = training[:600].repeat(len(training) // 600 + 1)[: len(training)]
-    return case.but(corpus=kept, steps=max(case.steps, 240), eval_every=20, learning_rate=4 * case.learning_rate)
+    return case.but(corpus=kept, steps=max(case.steps, 400), eval_every=20, learning_rate=4 * case.learning_rate)
 
 
 condition = Condition(

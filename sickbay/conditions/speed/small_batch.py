@@ -44,8 +44,10 @@ def diagnose(chart: Chart) -> Diagnosis | None:
 
 
 def inject(case: Any) -> Any:
-    """One row in each step."""
-    return case.but(batch_size=1)
+    """One row of sixteen tokens in each step."""
+    import dataclasses
+
+    return case.but(batch_size=1, config=dataclasses.replace(case.config, context=16))
 
 
 condition = Condition(
