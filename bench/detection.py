@@ -116,7 +116,7 @@ def main() -> int:
     for (name,), outcome in apart.each(healthy_variant, [(name,) for name in variants() if not args.only], args.jobs):
         healthy[name] = outcome or died("")
         show("healthy", name, healthy[name])
-    text = "\n\n".join(part for part in (fault_table(runs), confusion(runs), healthy_table(healthy), results.conditions()) if part)
+    text = "\n\n".join(part for part in (fault_table(runs), confusion(runs, healthy), healthy_table(healthy), results.conditions()) if part)
     print(text)
     if args.write:
         results.put("detection", f"## Detection\n\n{text}")
@@ -168,15 +168,17 @@ def fault_table(runs: dict[str, list[tuple[str, Outcome]]]) -> str:
     return f"{summary}\n\n{results.table(head, rows)}"
 
 
-def confusion(runs: dict[str, list[tuple[str, Outcome]]]) -> str:
+def confusion(runs: dict[str, list[tuple[str, Outcome]]], healthy: dict[str, Outcome]) -> str:
     """What was named where something else than the planted fault was named at all; the rest of the matrix is empty."""
     rows = []
+    usual = {name for outcome in healthy.values() for name in outcome.named}
     for id_, outcomes in runs.items():
         others = [name for _, outcome in outcomes for name in dict.fromkeys((*outcome.named, *outcome.folded)) if name != id_]
         counts = {name: others.count(name) for name in sorted(set(others))}
         if counts:
             led = reachable(id_, conditions())
-            cells = (f"{name} {n}/{len(outcomes)}{'' if name in led else ' (unrelated)'}" for name, n in counts.items())
+            words = {name: "" if name in led else " (a note, as of healthy runs)" if name in usual else " (unrelated)" for name in counts}
+            cells = (f"{name} {n}/{len(outcomes)}{words[name]}" for name, n in counts.items())
             rows.append([id_, ", ".join(cells)])
     if not rows:
         return "Off the diagonal nothing was named." if runs else ""

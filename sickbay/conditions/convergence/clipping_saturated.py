@@ -63,6 +63,5 @@ condition = Condition(
     needs=("clip_norm",),
     diagnose=diagnose,
     prescribes=("raise-clip-limit",),
-    leads_to=("undertrained-model",),
     inject=inject,
 )

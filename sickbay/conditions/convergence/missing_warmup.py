@@ -102,6 +102,6 @@ condition = Condition(
     uses=("step_gain", "chance_loss"),
     diagnose=diagnose,
     prescribes=("warm-up-learning-rate",),
-    leads_to=("loss-plateau", "attention-logit-growth", "repetitive-generation", "incoherent-generation"),
+    leads_to=("learning-rate-too-high", "loss-plateau", "attention-logit-growth", "repetitive-generation", "incoherent-generation"),
     inject=inject,
 )

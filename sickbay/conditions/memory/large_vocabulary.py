@@ -67,6 +67,5 @@ condition = Condition(
     needs=("vocabulary_used",),
     diagnose=diagnose,
     prescribes=("prune-vocabulary",),
-    leads_to=("undertrained-model",),
     inject=inject,
 )
