@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from sickbay.reference import train
 from sickbay.reference.case import Case
 from sickbay.reference.data import Batch
 from sickbay.reference.models.config import Config
+from sickbay.reference.training.loss import IGNORED
 from sickbay.reference.training.optimizer import set_learning_rate
 from sickbay.reference.training.schedule import learning_rate_at
 
@@ -215,8 +215,8 @@ def packed_loss(case: Case, model: nn.Module, ids: Tensor, targets: Tensor) -> T
     half = ids.shape[1] // 2
     documents = (torch.arange(ids.shape[1]) >= half).long().expand_as(ids)
     kept = targets.clone()
-    kept[:, half - 1] = train.IGNORED
-    return functional.cross_entropy(model(ids, documents).flatten(0, 1), kept.flatten(), ignore_index=train.IGNORED)
+    kept[:, half - 1] = IGNORED
+    return functional.cross_entropy(model(ids, documents).flatten(0, 1), kept.flatten(), ignore_index=IGNORED)
 
 
 def zeroing_in_place(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -266,7 +266,7 @@ def padded(side: str) -> Callable[[Case, str], Iterator[Batch]]:
             length_B1 = torch.randint(T // 2, T + 1, (len(ids), 1), generator=lengths)
             place_T = torch.arange(T)
             empty_BT = place_T >= length_B1 if side == "right" else place_T < T - length_B1
-            yield ids.masked_fill(empty_BT, PAD), targets.masked_fill(empty_BT, train.IGNORED)
+            yield ids.masked_fill(empty_BT, PAD), targets.masked_fill(empty_BT, IGNORED)
 
     return batches
 
@@ -275,7 +275,7 @@ def prompted(case: Case, split: str) -> Iterator[Batch]:
     """The first third of every row is a prompt whose targets are not counted."""
     for ids, targets in Case().batches(case, split):
         kept = targets.clone()
-        kept[:, : targets.shape[1] // 3] = train.IGNORED
+        kept[:, : targets.shape[1] // 3] = IGNORED
         yield ids, kept
 
 

@@ -81,6 +81,12 @@ def test_places_in_the_batch_and_equal_targets_are_not_judged() -> None:
     assert gains(call("cross_entropy", torch.randn(6, 3), torch.ones(6, dtype=torch.long)), 6, 1) is None
 
 
+def test_a_single_column_of_a_single_row_has_a_mark() -> None:
+    ids = torch.arange(64)[None, ::32][:, :1]  # torch calls it contiguous, and its stride is 32
+    assert ids.stride(-1) == 32
+    assert row_marks([ids], 1, 1) == row_marks([torch.zeros(1, 1, dtype=torch.int64)], 1, 1)
+
+
 def test_rows_of_equal_input_have_equal_marks_whichever_way_they_lie() -> None:
     ids = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 4], [0, 2, 3]])
     marks = row_marks([ids], 4, 4)

@@ -259,7 +259,7 @@ def row_marks(inputs: list[Tensor], count: int, few: int) -> list[int]:
         stride = max(1, rows.shape[1] * rows.element_size() // _MARKED)
         part = rows[:, ::stride]
         part = part + 0.0 if part.is_floating_point() else part  # -0.0 is 0.0
-        taken = part.contiguous().view(torch.uint8).numpy()
+        taken = part.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()  # one column of one row keeps its stride
         if len(whole) == count:
             columns.append(taken)
         else:
