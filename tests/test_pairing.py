@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from sickbay.core.independence import dependence_z
+from sickbay.core.reader import load_chart
 from sickbay.core.record import RecordWriter
 from sickbay.patient import LossCall, Patient
 from sickbay.probes.corpus import Corpus, next_tokens
 from sickbay.probes.examples import Examples
 from sickbay.probes.loop import Loop
 from sickbay.probes.pairing import gains, row_marks
+from sickbay.reference.case import Case
+from sickbay.reference.watched import watched
 
 
 def call(name: str, logits: torch.Tensor, targets: torch.Tensor) -> LossCall:
@@ -85,6 +88,14 @@ def test_a_single_column_of_a_single_row_has_a_mark() -> None:
     ids = torch.arange(64)[None, ::32][:, :1]  # torch calls it contiguous, and its stride is 32
     assert ids.stride(-1) == 32
     assert row_marks([ids], 1, 1) == row_marks([torch.zeros(1, 1, dtype=torch.int64)], 1, 1)
+
+
+def test_positions_of_a_single_row_are_no_rows(tmp_path: Path) -> None:
+    verdict, _ = watched(Case(batch_size=1, steps=40), tmp_path)
+    assert "unlearnable-data" not in [diagnosis.condition for diagnosis in verdict.diagnoses]
+    chart = load_chart(tmp_path)
+    assert not chart.facts["problems"]
+    assert not len(chart["pairing_gain"]) and not len(chart["input_conflicts"])
 
 
 def test_rows_of_equal_input_have_equal_marks_whichever_way_they_lie() -> None:

@@ -130,7 +130,7 @@ class Pairing:
         if call.targets.device.type != "cpu" or call.reduction not in ("mean", "sum") or not call.targets.numel() or not inputs:
             return None
         count = call.targets.shape[0]
-        if call.classifies and call.targets.dim() == 1 and not any(count in tensor.shape[:2] for tensor in inputs):
+        if call.classifies and call.targets.dim() == 1 and not any(_has_rows(tensor, count) for tensor in inputs):
             sizes = [tensor.shape[0] for tensor in inputs if tensor.dim() > 1 and count % tensor.shape[0] == 0]
             if not sizes:
                 return None
@@ -240,6 +240,11 @@ def _moved(targets: Tensor, counted: Tensor) -> Tensor:
     chosen = targets[counted]
     other[counted] = chosen.roll(len(chosen) // 2)
     return other
+
+
+def _has_rows(tensor: Tensor, count: int) -> bool:
+    """True if `tensor` holds `count` rows, or has time before them; as many positions of a single row are none."""
+    return tensor.shape[0] == count or (tensor.dim() > 1 and tensor.shape[1] == count and tensor.shape[0] > 1)
 
 
 def row_marks(inputs: list[Tensor], count: int, few: int) -> list[int]:
