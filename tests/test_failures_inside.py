@@ -48,6 +48,8 @@ def train() -> str:
         loss = loss_of(model, ids, targets)
         if step < 2:
             scaler.scale(loss).backward()
+            if step == 1:  # a step that the scaler leaves out
+                next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = float("inf")
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
