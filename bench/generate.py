@@ -112,6 +112,8 @@ def speeds(size: str, nanogpt: Path | None, tokens: int, rounds: int) -> str:
         players = {
             name: stack.enter_context(Player(name, HERE / "generate.py", "--child", name, "--size", size, *folder)) for name in names
         }
+        for player in players.values():  # nobody is measured while another still imports its libraries
+            player.ask(tokens=2)
         for number in range(rounds):
             for name in names if number % 2 == 0 else names[::-1]:
                 if size == "gpt2" and name in UNCACHED and number:
