@@ -70,13 +70,8 @@ def examined(name: str, folder: Path) -> Outcome:
 def judged(key: str, words: tuple[str, ...], folder: Path) -> Outcome:
     """What the command's JSON says under `key`. Raises RuntimeError where it gave none."""
     begun, told = time.perf_counter(), folder / f"told-{words[0]}-{words[-1].rpartition(':')[2]}.txt"
-    with subprocess.Popen(
-        [sys.executable, "-m", "sickbay", *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=told.open("w"),
-        text=True,
-    ) as process:
+    command = [sys.executable, "-m", "sickbay", *words]
+    with told.open("w") as errors, subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.read()
         _, status, used = os.wait4(process.pid, 0)

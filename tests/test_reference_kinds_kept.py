@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recomputing
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,7 +21,6 @@ from sickbay.reference.saving import checkpoint, random_states
 from sickbay.reference.settings.recipe import Recipe
 from sickbay.reference.text.tokenizer import CharTokenizer
 from sickbay.reference.training.optimizer import make_optimizer
-from sickbay.reference.training.recompute import recompute
 
 IDS, CONTEXT = 11, 24
 OBJECTIVES: dict[str, Any] = {"encoder": MaskedToken(IDS), "encoder-decoder": SpanCorruption(IDS, sentinels=8)}
@@ -99,22 +99,7 @@ def test_each_kind_has_its_name() -> None:
 
 
 def gradients(kind: str, how: Any) -> tuple[list[Tensor], int]:
-    """(gradients, bytes that the forward pass kept)."""
-    model = model_of(kind).train()
-    recompute(model, how)
-    torch.manual_seed(5)
-    kept = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal kept
-        kept += tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = loss_of(model, kind, 0)
-        after_forward = kept
-    loss.backward()
-    return [weight.grad for weight in model.parameters() if weight.grad is not None], after_forward
+    return recomputing.gradients(model_of(kind), how, lambda model: loss_of(model, kind, 0))
 
 
 @pytest.mark.parametrize("how", ["block", "sqrt"])

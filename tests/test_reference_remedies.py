@@ -9,6 +9,7 @@ from typing import Any
 
 import commands
 import pytest
+import recomputing
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,6 @@ from sickbay.reference.training.machine import demand_compiler, processor
 from sickbay.reference.training.muon import QUINTIC, ROUNDS, orthogonalized, stacked_step
 from sickbay.reference.training.optimizer import hidden_matrices, make_adamw, make_optimizer, set_learning_rate, stack_groups
 from sickbay.reference.training.precision import autocast, make_scaler, slow_here
-from sickbay.reference.training.recompute import recompute
 from sickbay.reference.training.schedule import learning_rate_at
 from sickbay.reference.training.stopping import Patience
 
@@ -164,22 +164,7 @@ def test_smoothing_and_z_loss_are_what_they_are_called() -> None:
 
 
 def gradients(kind: Any) -> tuple[list[Tensor], int]:
-    """(gradients, bytes that the forward pass kept)."""
-    model = model_of().train()
-    recompute(model, kind)
-    torch.manual_seed(5)
-    kept = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal kept
-        kept += tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = next_token_loss(model, ids_of(), ids_of(seed=1))
-        after_forward = kept
-    loss.backward()
-    return [weight.grad for weight in model.parameters() if weight.grad is not None], after_forward
+    return recomputing.gradients(model_of(), kind, lambda model: next_token_loss(model, ids_of(), ids_of(seed=1)))
 
 
 @pytest.mark.parametrize("kind", ["block", "sqrt"])

@@ -11,7 +11,6 @@ import torch
 
 from sickbay.cli import train as command
 from sickbay.core.errors import UsageError
-from sickbay.reference.data.sources import shipped_text
 from sickbay.reference.saving import checkpoint
 from sickbay.reference.settings import settings
 from sickbay.reference.text.tokenizer import CharTokenizer
@@ -19,13 +18,6 @@ from sickbay.reference.text.tokenizer import CharTokenizer
 transformers = pytest.importorskip("transformers")
 
 POSITIONS = 16
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(shipped_text().read_text(encoding="utf-8")[:3000], encoding="utf-8")
-    return path
 
 
 def theirs(kind: str, folder: Path, text: Path) -> Any:

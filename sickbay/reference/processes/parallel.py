@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from sickbay.core.errors import UsageError
 from sickbay.reference.models.blocks import Attention
 from sickbay.reference.models.model import Transformer
-from sickbay.reference.processes.dtensor import is_dtensor, local
+from sickbay.reference.processes.dtensor import gathered, is_dtensor, local
 from sickbay.reference.processes.world import World, rows_by_process
 
 NORM_EPS = 1e-6  # as in torch's clip_grad_norm_
@@ -107,8 +106,8 @@ def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # Norms of what is dealt out and of what each process holds whole cannot be taken in one call.
     dealt, whole = ([gradient for gradient in gradients if is_dtensor(gradient) is kind] for kind in (True, False))
-    norms: list[Any] = [nn.utils.get_total_norm(group) for group in (dealt, whole) if group]
-    joined = torch.stack([norm.full_tensor() if is_dtensor(norm) else norm for norm in norms])
+    norms = [nn.utils.get_total_norm(group) for group in (dealt, whole) if group]
+    joined = torch.stack([gathered(norm) for norm in norms])
     total: Tensor = torch.linalg.vector_norm(joined)
     scale = (most / (total + NORM_EPS)).clamp(max=1.0)
     for gradient in gradients:
