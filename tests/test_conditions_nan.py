@@ -185,6 +185,7 @@ def test_one_bad_batch_is_a_spike_although_no_gradient_leads() -> None:
 
 
 SHIFT = [*CALM, *[3.0 + 3.0 * 0.93**index for index in range(60)]]
+HEAVY = [value + (0.8 if index % 9 == 5 else 0.0) for index, value in enumerate(wobble(50))]
 RESTART_RATES = [3e-4] * 38 + [3e-3] * 62
 
 
@@ -196,6 +197,7 @@ RESTART_RATES = [3e-4] * 38 + [3e-3] * 62
         ("new data: a jump without a lead that decays slowly", {"loss": SHIFT, "grad_norm": [*wobble(40, 0.2), *wobble(60, 1.5)]}),
         ("warm restart", {"loss": [*CALM, 5.0, *wobble(59)], "learning_rate": RESTART_RATES}),
         ("less than a tenth of the way", {"loss": [*CALM, 3.29, *wobble(20)]}),
+        ("often far above its middle", {"loss": [*HEAVY, 4.6, *wobble(20)]}),
         ("too short", {"loss": [*wobble(10), 9.0, *wobble(5)]}),
         ("last step", {"loss": [*CALM, 9.0]}),
         ("NaN", {"loss": [*CALM, NAN, *wobble(20)]}),

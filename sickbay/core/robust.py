@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAD_TO_SIGMA = 1.4826  # makes the MAD of a normal sample its standard deviation: Rousseeuw & Croux 1993
+UPPER, UPPER_SIGMAS = 0.9, 1.645  # this share of what lies above a normal sample's median is within so many standard deviations
 FLOOR = 0.01  # share of the median below which a spread counts as rounding, so that constant series have a finite z
 
 
@@ -31,6 +32,18 @@ def robust_z(value: float, history: Sequence[float]) -> float:
     if not scale > 0:
         return float("nan") if middle != middle else (0.0 if value <= middle else float("inf"))
     return (value - middle) / scale
+
+
+def tail_z(value: float, history: Sequence[float]) -> float:
+    """`robust_z` in a spread that is no less than the upper half's own: a series whose values often lie far above its median.
+
+    Up to a tenth of the upper half may be wild. NaN without a finite history.
+    """
+    kept, middle = finite(history), median(history)
+    upper = sorted(past - middle for past in kept if past > middle)
+    sigma = upper[int(UPPER * (len(upper) - 1))] / UPPER_SIGMAS if upper else 0.0
+    plain = robust_z(value, kept)
+    return min(plain, (value - middle) / sigma) if sigma > 0 and plain > 0 else plain
 
 
 def rolling_z(values: Sequence[float], history: int, fewest: int) -> NDArray[np.float64]:

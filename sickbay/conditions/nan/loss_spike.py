@@ -30,7 +30,7 @@ from typing import Any
 from sickbay.core.chart import Chart, Reading, Series
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, Threshold, number
-from sickbay.core.robust import median, robust_z, rolling_z
+from sickbay.core.robust import median, robust_z, rolling_z, tail_z
 
 OUTLIER = Threshold(10.0, "robust standard deviations", source="z > 10 of median and MAD; BLOOM's spike has z > 100")
 RISE = Threshold(
@@ -66,6 +66,8 @@ def _spike(chart: Chart, losses: Series) -> Diagnosis | None:
         back = _back(values[index + 1 : index + 1 + RECOVERY], middle, onset.value)
         lead = _lead(chart, onset.step)
         peak: Reading = losses.between(onset.step, losses[index + (back or 0)].step).worst() or onset
+        if tail_z(peak.value, past) <= OUTLIER:  # such a series often lies that far above its middle
+            continue
         if back is None or (lead is None and (back > BRIEF or peak.value - middle < UNLED * first)):
             continue
         led = f"; the gradient norm was {number(lead.value)} at step {lead.step} before it" if lead is not None else ""
