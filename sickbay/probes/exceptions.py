@@ -29,6 +29,7 @@ _TOKEN = re.compile(
     r"index out of range in self|Target -?\d+ is out of bounds|index -?\d+ is out of bounds for dimension|device-side assert", re.IGNORECASE
 )
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+_VALUES = re.compile(r"to satisfy the constraint|invalid values", re.IGNORECASE)  # torch.distributions names the shape of what it refuses
 _MAX_SHAPES = 12
 
 
@@ -62,6 +63,8 @@ def _kind(exception: BaseException, message: str) -> str:
         return "out-of-memory"
     if isinstance(exception, (IndexError, RuntimeError)) and _TOKEN.search(message):
         return "token-id"
+    if _VALUES.search(message):
+        return "other"
     if isinstance(exception, (RuntimeError, ValueError, AssertionError, IndexError)) and _SHAPE.search(message):
         return "shape"
     if isinstance(exception, ValueError) and "values to unpack" in message and _unpacks_a_shape(exception):
