@@ -14,18 +14,31 @@ from typing import Any
 import torch
 
 from sickbay.reference import data, train
+from sickbay.reference.data.pairs import Translation
+from sickbay.reference.data.tasks import objective_of
 from sickbay.reference.models import parts
 from sickbay.reference.models.config import Config
 from sickbay.reference.processes.dtensor import local
 from sickbay.reference.processes.world import ALONE, World, together
 from sickbay.reference.saving import checkpoint
-from sickbay.reference.settings.recipe import Parallel, Recipe
+from sickbay.reference.settings.recipe import Objective, OptimizerKind, Parallel, Recipe
 from sickbay.reference.training.progress import Progress
 
 CONFIGS = {
     "shared-heads": Config(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, context=8, qk_norm=True, activation="swiglu"),
     "biased": Config(dim=16, num_layers=2, num_heads=2, context=8, bias=True, tied_embeddings=False, norm="layernorm", pad_id=1),
+    "plain": Config(dim=16, num_layers=2, num_heads=2, context=16, bias=True, norm_place="post"),
 }
+# (configuration, optimizer, objective)
+CASES: tuple[tuple[str, OptimizerKind, Objective], ...] = (
+    ("shared-heads", "adamw", "next-token"),
+    ("shared-heads", "muon", "next-token"),
+    ("biased", "adamw", "next-token"),
+    ("biased", "muon", "next-token"),
+    ("shared-heads", "adamw", "masked-token"),
+    ("shared-heads", "muon", "span-corruption"),
+    ("plain", "adamw", "pairs"),
+)
 # Rows of unequal numbers of counted tokens (the space is padding in "biased"), several micro-batches, clipping at work.
 RECIPE = Recipe(
     steps=5, batch_size=4, accumulation=2, learning_rate=0.01, warmup=1, clip=0.3, ema=0.9, eval_every=3, eval_rows=5, save_every=3
@@ -80,35 +93,48 @@ def held(config: Config, recipe: Recipe, world: World) -> dict[str, int]:
     return bytes_of
 
 
+def corpora(folder: Path, writes: bool) -> tuple[data.Corpus, data.Corpus]:
+    """A text, and pairs: each of its words and the word backwards, of many lengths."""
+    text, pairs = folder / "text.txt", folder / "pairs.tsv"
+    if writes:
+        said = data.shipped_text().read_text(encoding="utf-8")[:1500]
+        text.write_text(said, encoding="utf-8")
+        pairs.write_text("".join(f"{word}\t{word[::-1]}\n" for word in said.split()), encoding="utf-8")
+    tokens, settings = folder / "tokens", data.DataSettings()
+    return data.prepare([text], tokens, settings), data.prepare([pairs], tokens, settings, pairs=True)
+
+
+def shaped(shape: Config, recipe: Recipe, corpus: data.Corpus) -> Config:
+    """`shape` with the ids of tokenizer and objective."""
+    objective = objective_of(recipe, shape, corpus.tokenizer)
+    config = dataclasses.replace(shape, vocab_size=corpus.tokenizer.vocab_size + objective.extra_ids)
+    return dataclasses.replace(config, pad_id=objective.pad_id) if isinstance(objective, Translation) else config
+
+
 def main(kind: Parallel, folder: Path) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with together(kind, "cpu", RECIPE.batch_size) as world:
         with world.first_alone():
-            text = folder / "text.txt"
+            whole, pairs = corpora(folder, world.first)
+        for name, optimizer, objective in CASES:
+            corpus = pairs if objective == "pairs" else whole
+            recipe = dataclasses.replace(RECIPE, optimizer=optimizer, parallel=kind, objective=objective)
+            config = shaped(CONFIGS[name], recipe, corpus)
+            run, again, alone = (folder / kind / f"{name}-{optimizer}-{objective}{end}" for end in ("", "-again", "-one"))
+            told: dict[str, Told] = {"many": trained(corpus, config, recipe, run, world)}
+            earlier = dataclasses.replace(checkpoint.read(run / "step-000003"))
+            told["many, resumed"] = trained(corpus, config, recipe, again, world, earlier)
             if world.first:
-                text.write_text(data.shipped_text().read_text(encoding="utf-8")[:1500], encoding="utf-8")
-            corpus = data.prepare([text], folder / "tokens", data.DataSettings())
-        for name, shape in CONFIGS.items():
-            config = dataclasses.replace(shape, vocab_size=corpus.tokenizer.vocab_size)
-            for optimizer in ("adamw", "muon"):
-                recipe = dataclasses.replace(RECIPE, optimizer=optimizer, parallel=kind)
-                run = folder / kind / f"{name}-{optimizer}"
-                told: dict[str, Told] = {"many": trained(corpus, config, recipe, run, world)}
-                earlier = dataclasses.replace(checkpoint.read(run / "step-000003"))
-                again = folder / kind / f"{name}-{optimizer}-again"
-                told["many, resumed"] = trained(corpus, config, recipe, again, world, earlier)
-                alone = folder / kind / f"{name}-{optimizer}-one"
-                if world.first:
-                    one = dataclasses.replace(recipe, parallel="none")
-                    told["one"] = trained(corpus, config, one, alone, ALONE)
-                    told["one, resumed from many"] = trained(corpus, config, one, folder / "thrown-away", ALONE, earlier)
-                world.most(0)
-                told["many, resumed from one"] = trained(
-                    corpus, config, recipe, folder / "also-thrown-away", world, checkpoint.read(alone / "step-000003")
-                )
-                found[f"{name} {optimizer}"] = {key: vars(value) for key, value in told.items()}
-        plain = Config(dim=16, num_layers=2, num_heads=2, context=8, vocab_size=corpus.tokenizer.vocab_size)
+                one = dataclasses.replace(recipe, parallel="none")
+                told["one"] = trained(corpus, config, one, alone, ALONE)
+                told["one, resumed from many"] = trained(corpus, config, one, folder / f"thrown-away-{objective}", ALONE, earlier)
+            world.most(0)
+            told["many, resumed from one"] = trained(
+                corpus, config, recipe, folder / f"also-thrown-away-{objective}", world, checkpoint.read(alone / "step-000003")
+            )
+            found[f"{name} {optimizer} {objective}"] = {key: vars(value) for key, value in told.items()}
+        plain = Config(dim=16, num_layers=2, num_heads=2, context=8, vocab_size=whole.tokenizer.vocab_size)
         found["held"] = held(plain, dataclasses.replace(RECIPE, optimizer="adamw"), world)
     (folder / f"{kind}-{world.rank}.json").write_text(json.dumps(found))
 

@@ -21,6 +21,7 @@ from sickbay.reference.data import CharTokenizer
 from sickbay.reference.models.config import Config
 from sickbay.reference.models.model import Transformer
 from sickbay.reference.settings.recipe import Recipe
+from sickbay.reference.training.loss import next_token_loss
 from sickbay.reference.training.optimizer import make_adamw
 from sickbay.reference.training.schedule import learning_rate_at
 
@@ -90,7 +91,7 @@ def test_padding_and_ignored_targets_do_not_count_in_the_loss() -> None:
     logits = model(ids)
     each = [-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(2) for t in range(6) if targets[b, t] > 0]
     assert len(each) == 9
-    torch.testing.assert_close(train.next_token_loss(model, ids, targets, pad_id=0), torch.stack(each).mean())
+    torch.testing.assert_close(next_token_loss(model, ids, targets, pad_id=0), torch.stack(each).mean())
 
 
 def test_initial_weights_follow_gpt2_and_the_first_loss_is_a_uniform_guess() -> None:
@@ -100,7 +101,7 @@ def test_initial_weights_follow_gpt2_and_the_first_loss_is_a_uniform_guess() -> 
     assert model.blocks[0].attention.query_key_value.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.blocks[7].attention.output.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert model.blocks[7].feed_forward.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
-    loss = train.next_token_loss(model, ids_of(4, 64, 65), ids_of(4, 64, 65, seed=1))
+    loss = next_token_loss(model, ids_of(4, 64, 65), ids_of(4, 64, 65, seed=1))
     assert loss.item() == pytest.approx(math.log(65), abs=0.1)
 
 
@@ -225,12 +226,12 @@ def test_accumulation_over_unequal_micro_batches_is_the_gradient_of_the_joined_b
     ids, targets = ids_of(6, 8), ids_of(6, 8, seed=1)
     targets[:2, 3:] = -100
     joined, parts = model_of(TINY), model_of(TINY)
-    train.next_token_loss(joined, ids, targets).backward()
+    next_token_loss(joined, ids, targets).backward()
     cycle = [(ids[:2], targets[:2]), (ids[2:], targets[2:])]
     shares = train.token_shares(cycle)
     assert shares == [6 / 38, 32 / 38]
     for (part_ids, part_targets), share in zip(cycle, shares):
-        train.backward(train.next_token_loss(parts, part_ids, part_targets), share)
+        train.backward(next_token_loss(parts, part_ids, part_targets), share)
     for one, other in zip(joined.parameters(), parts.parameters()):
         torch.testing.assert_close(one.grad, other.grad)
 

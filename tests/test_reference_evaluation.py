@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sickbay.reference.data.batches import spread_batches
+from sickbay.reference.data.corpus import Corpus
+from sickbay.reference.data.tasks import task_of
 from sickbay.reference.evaluation import card, closing
 from sickbay.reference.evaluation.evaluation import Baselines, Evaluation, Manner, baselines, evaluate, manner, pieces
 from sickbay.reference.evaluation.flops import training_flops_per_token
 from sickbay.reference.evaluation.outlook import line, outlook
 from sickbay.reference.models.config import Config
 from sickbay.reference.models.model import Transformer
+from sickbay.reference.settings.recipe import Recipe
 from sickbay.reference.text.tokenizer import CharTokenizer
 
 
@@ -218,13 +221,14 @@ def test_a_finished_model_is_examined_without_moving_the_random_state() -> None:
     model = Transformer(Config(dim=16, num_layers=1, num_heads=2, context=16, vocab_size=tokenizer.vocab_size, dropout=0.1))
     before = torch.get_rng_state()
     training = closing.Training("fox.txt", 0, 64, 0.0, 1000.0, [])
-    found = closing.close(training, model, tokenizer, tokens[:1500], tokens[1500:], 1.0, 4)
+    corpus = Corpus(tokenizer, tokens[:1500], tokens[1500:], "", 1.0, several=False)
+    found = closing.close(training, model, task_of(corpus, model.config, Recipe(batch_size=4)))
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert found.validation.tokens == len(tokens) - 1501
     assert found.validation.loss == pytest.approx(math.log(tokenizer.vocab_size), abs=0.1)
-    assert found.baselines.trigram < 0.5
-    assert found.sample is not None
+    assert isinstance(found.baselines, Baselines) and found.baselines.trigram < 0.5
+    assert isinstance(found.sample, card.Sample)
     assert found.sample.prompt == "\n"
     assert len(found.sample.text) == closing.SAMPLE_BYTES
     assert found.flops_per_second == 1000.0 * training_flops_per_token(model, model.config)

@@ -18,7 +18,7 @@ from sickbay.cli import generate as command
 from sickbay.core.errors import UsageError
 from sickbay.reference.generation import complete
 from sickbay.reference.generation.beam import Beams, beam_search
-from sickbay.reference.generation.complete import Piece, encoded
+from sickbay.reference.generation.complete import Continuer, Piece, encoded
 from sickbay.reference.generation.decoding import Decoding
 from sickbay.reference.generation.generate import generate
 from sickbay.reference.models.model import Transformer
@@ -30,7 +30,7 @@ WORDS = CharTokenizer("abcdefghij\n")
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """`written(*words)`: what the command prints for a model of eleven characters."""
-    monkeypatch.setattr(command, "load", lambda path, device, weights: (transformer(), WORDS))
+    monkeypatch.setattr(command, "load", lambda path, device, weights: Continuer(transformer(), WORDS))
 
     def call(*words: str) -> str:
         parser = argparse.ArgumentParser()
@@ -119,7 +119,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     monkeypatch.setattr(complete, "write", noted)
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    assert conversation.converse(model, WORDS, 4, Decoding(), 0, []) == 0
+    assert conversation.converse(Continuer(model, WORDS), 4, Decoding(), 0, []) == 0
     return asked, capsys.readouterr().out
 
 
@@ -158,7 +158,7 @@ def test_ctrl_c_ends_an_answer_and_what_it_said_is_remembered(monkeypatch: pytes
     monkeypatch.setattr(complete, "write", interrupted)
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr("builtins.input", typed)
-    assert conversation.converse(transformer(), WORDS, 4, Decoding(), 0, []) == 0
+    assert conversation.converse(Continuer(transformer(), WORDS), 4, Decoding(), 0, []) == 0
     assert asked == ["abc", "abcfg\nd"]
     assert "ctrl-D" in capsys.readouterr().err
 
@@ -190,7 +190,9 @@ def test_a_transformers_folder_writes_what_transformers_writes(tmp_path: Path, k
     peer.eval().save_pretrained(tmp_path)
     words = ByteTokenizer()
     words.save(tmp_path / "tokenizer.json")
-    model, tokenizer = command.load(tmp_path, "cpu", "fp32")
+    writer = command.load(tmp_path, "cpu", "fp32")
+    assert isinstance(writer, Continuer)
+    model, tokenizer = writer.model, writer.tokenizer
     ids = encoded(tokenizer, "go on")
     mine = torch.stack(list(generate(model, [ids], 40, Decoding(temperature=0))), dim=1)[0]
     other = peer.generate(ids[None], attention_mask=torch.ones(1, len(ids)), max_new_tokens=40, do_sample=False, eos_token_id=None)

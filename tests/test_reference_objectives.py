@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sickbay.reference.data.objectives import MaskedToken, NextToken, SpanCorruption, segments
-from sickbay.reference.data.pairs import Translation, read_pairs
-from sickbay.reference.text.tokenizer import CharTokenizer
+from sickbay.reference.data.pairs import Translation
 
 VOCAB = 50
 
@@ -165,12 +162,10 @@ def test_rows_too_short_or_with_too_many_spans_are_refused() -> None:
         SpanCorruption(VOCAB, sentinels=26)(rows_of(1, 512), 0)
 
 
-def test_pairs_become_padded_rows_with_begin_and_end(tmp_path: Path) -> None:
-    tokenizer, file = CharTokenizer("abc"), tmp_path / "pairs.jsonl"
-    file.write_text('{"source": "abc", "target": "cb"}\n\n{"source": "a", "target": "b"}\n', encoding="utf-8")
-    objective = Translation(tokenizer.vocab_size)
+def test_pairs_become_padded_rows_with_begin_and_end() -> None:
+    objective = Translation(3)
     assert (objective.pad_id, objective.begin_id, objective.end_id, objective.extra_ids) == (3, 4, 5, 3)
-    (source, read), targets = objective(read_pairs(file, tokenizer, context=3))
+    (source, read), targets = objective([(np.array([0, 1, 2]), np.array([2, 1])), (np.array([0]), np.array([1]))])
     assert source.tolist() == [[0, 1, 2], [0, 3, 3]]
     assert read.tolist() == [[4, 2, 1], [4, 1, 3]]
     assert targets.tolist() == [[2, 1, 5], [1, 5, -100]]
@@ -185,22 +180,3 @@ def test_each_pair_comes_once_in_an_epoch_and_a_run_resumes_by_number() -> None:
     assert order[:10] != order[10:]
     later = [source for (source, _), _ in itertools.islice(objective.batches(pairs, 4, seed=1, first=2), 3)]
     assert all(torch.equal(a, b) for a, b in zip(batches[2:], later, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("nonsense", ["line 2", "Expecting value"]),
-        ('["a", "b"]', ["line 2", '"source"']),
-        ('{"source": "a"}', ["line 2", '"target"']),
-        ('{"source": "", "target": "b"}', ["line 2", "neither of them empty"]),
-        ('{"source": "z", "target": "b"}', ["line 2", "'z'"]),
-        (json.dumps({"source": "a", "target": "bbb"}), ["line 2", "1 and 3 tokens", "at most 3 and 2"]),
-    ],
-)
-def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str, words: list[str]) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"source": "a", "target": "b"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError) as refusal:
-        read_pairs(file, CharTokenizer("abc"), context=3)
-    assert all(word in str(refusal.value) for word in words), refusal.value

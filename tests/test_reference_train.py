@@ -166,8 +166,8 @@ def test_bad_input_to_generate_is_refused_in_one_line_with_the_way_out(tmp_path:
 def test_a_loss_that_is_no_longer_finite_ends_the_run_with_one_line(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = train.next_token_loss
-    monkeypatch.setattr(train, "next_token_loss", lambda *inputs: real(*inputs) * math.nan)
+    real = train.prediction_loss
+    monkeypatch.setattr(train, "prediction_loss", lambda *inputs: real(*inputs) * math.nan)
     assert call(train_command, text, "--out", tmp_path / "run", *SMALL, "--steps", "3") == 1
     assert "the loss is nan at step 3" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("step-*"))

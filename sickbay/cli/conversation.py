@@ -7,19 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sickbay.reference.generation.complete import Writer
     from sickbay.reference.generation.decoding import Decoding
-    from sickbay.reference.models.model import Transformer
-    from sickbay.reference.text.tokenizer import Tokenizer
 
 MARK = "> "
 NEW = "/new"
 HINT = f"The model goes on from each line; \\n in it is a line end, {NEW} forgets what was said, ctrl-C ends an answer, ctrl-D the program."
 
 
-def converse(model: Transformer, tokenizer: Tokenizer, count: int, decoding: Decoding, seed: int, stop: Sequence[str]) -> int:
-    """0 at the end of the lines. Answer number n is drawn with `seed` + n; a line that has no ids is refused and asked for again."""
-    from sickbay.reference.generation.complete import write
+def converse(writer: Writer, count: int, decoding: Decoding, seed: int, stop: Sequence[str]) -> int:
+    """0 at the end of the lines. Answer number n is drawn with `seed` + n; a line that has no ids is refused and asked for again.
 
+    What answers a source and does not go on from it remembers nothing.
+    """
     said = ""
     for number, line in enumerate(_lines()):
         if line.strip() == NEW:
@@ -28,7 +28,7 @@ def converse(model: Transformer, tokenizer: Tokenizer, count: int, decoding: Dec
         text = said + ("\n" if said and not said.endswith("\n") else "") + line.replace("\\n", "\n")
         answer = ""
         try:
-            for piece in write(model, tokenizer, [text], count, decoding, seed + number, stop):
+            for piece in writer.write([text], count, decoding, seed + number, stop):
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
                 answer += piece.text
@@ -38,7 +38,7 @@ def converse(model: Transformer, tokenizer: Tokenizer, count: int, decoding: Dec
         except ValueError as problem:
             print(problem, file=sys.stderr)
             continue
-        said = text + answer
+        said = text + answer if writer.goes_on else ""
         print()
     return 0
 

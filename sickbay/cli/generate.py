@@ -1,5 +1,7 @@
 """Write text with a trained transformer: a run of `sickbay train`, or a folder with a GPT-2 or Llama of transformers.
 
+Of an encoder-decoder the prompt is the source: a text with holes, 'To be<0>not to be', or what is to be translated.
+
 Each token is drawn after the penalties, the temperature, top-k, top-p, min-p and typical, in this order; --temperature 0 takes the
 likeliest, --beams searches for the likeliest text. --interactive goes on from what you type, line by line: ctrl-C ends an answer,
 ctrl-D the program. Several prompts (or --num) are written side by side, text r with seed + r, and as each would be alone.
@@ -19,10 +21,8 @@ from typing import TYPE_CHECKING
 from sickbay.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from sickbay.reference.generation.complete import Completion, Piece
+    from sickbay.reference.generation.complete import Completion, Piece, Writer
     from sickbay.reference.generation.decoding import Decoding
-    from sickbay.reference.models.model import Transformer
-    from sickbay.reference.text.tokenizer import Tokenizer
 
 NAME = "generate"
 PROMPT = "\n"
@@ -66,24 +66,26 @@ def main(args: argparse.Namespace) -> int:
     _demand_sensible(args)
     import torch
 
-    from sickbay.reference.generation.complete import collect, write
+    from sickbay.reference.generation.complete import collect
 
     try:
         decoding = _decoding(args)
         prompts = [prompt for prompt in _prompts(args) for _ in range(args.num)]
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load(args.checkpoint, device, args.weights)
+        writer = load(args.checkpoint, device, args.weights)
         if args.interactive:
             from sickbay.cli.conversation import converse
 
-            return converse(model, tokenizer, args.tokens, decoding, args.seed, args.stop)
+            return converse(writer, args.tokens, decoding, args.seed, args.stop)
+        if not writer.goes_on and prompts == [PROMPT]:
+            raise UsageError(f"{args.checkpoint} holds an encoder-decoder, which writes to a source; give it with --prompt")
         started = time.perf_counter()
         if args.beams is not None:
-            texts = _search(args, model, tokenizer, prompts, decoding)
+            texts = _search(args, writer, prompts, decoding)
         else:
-            pieces: Iterable[Piece] = write(model, tokenizer, prompts, args.tokens, decoding, args.seed, args.stop)
+            pieces: Iterable[Piece] = writer.write(prompts, args.tokens, decoding, args.seed, args.stop)
             if len(prompts) == 1 and not args.json:
-                sys.stdout.write(prompts[0])
+                sys.stdout.write(prompts[0] if writer.goes_on else "")
                 pieces = _shown(pieces)
             texts = collect(prompts, pieces, args.seed)
     except RuntimeError as problem:
@@ -95,34 +97,43 @@ def main(args: argparse.Namespace) -> int:
     elif len(prompts) == 1 and args.beams is None:
         print()
     else:
-        print(f"\n{RULE}\n".join(completion.prompt + completion.text for completion in texts))
+        print(f"\n{RULE}\n".join((completion.prompt if writer.goes_on else "") + completion.text for completion in texts))
     return 0
 
 
-def load(path: Path, device: str, weights: str) -> tuple[Transformer, Tokenizer]:
-    """The model of the run, checkpoint or transformers folder at `path`, for writing alone, and its tokenizer.
+def load(path: Path, device: str, weights: str) -> Writer:
+    """The model of the run, checkpoint or transformers folder at `path`, for writing alone, with its tokenizer.
 
     Raises OSError, ValueError, UsageError.
     """
+    from sickbay.reference.generation.answer import answerer
+    from sickbay.reference.generation.complete import Continuer
     from sickbay.reference.models import layout
+    from sickbay.reference.models.encoder_decoder import EncoderDecoder
+    from sickbay.reference.models.kinds import ENCODER, Model
     from sickbay.reference.saving import checkpoint
     from sickbay.reference.text import tokenizer
 
+    model: Model
+    writer: Writer
     if (path / "config.json").is_file():
         from sickbay.reference.models import pretrained
 
-        model, file = pretrained.load(path)
+        decoder, file = pretrained.load(path)
         if file is None:
             raise UsageError(f"{path} has no tokenizer.json; save the model's tokenizer into it (tokenizer.save_pretrained)")
-        model, words = model.to(device), tokenizer.load(file)
+        model, writer = decoder, Continuer(decoder.to(device), tokenizer.load(file))
     else:
         state = checkpoint.read(path)
-        model, words = checkpoint.load_weights(state, device, averaged=checkpoint.has_average(state)), state.tokenizer
+        if state.kind == ENCODER:
+            raise UsageError(f"{state.folder} holds an encoder, which fills in masked tokens and writes no text; a decoder does")
+        model = checkpoint.load_model(state, device, averaged=checkpoint.has_average(state))
+        writer = answerer(state, model) if isinstance(model, EncoderDecoder) else Continuer(model, state.tokenizer)
     if weights == "fp16":
         layout.halve_weights(model)
     else:
         layout.lay_out_for_reading(model)
-    return model, words
+    return writer
 
 
 def _demand_sensible(args: argparse.Namespace) -> None:
@@ -176,13 +187,12 @@ def _shown(pieces: Iterable[Piece]) -> Iterable[Piece]:
         yield piece
 
 
-def _search(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, prompts: list[str], decoding: Decoding) -> list[Completion]:
+def _search(args: argparse.Namespace, writer: Writer, prompts: list[str], decoding: Decoding) -> list[Completion]:
     """The best `--num` texts of each prompt, which `prompts` names so often."""
     from sickbay.reference.generation.beam import Beams
-    from sickbay.reference.generation.complete import search
 
     beams = Beams(args.beams, 1.0 if args.length_penalty is None else args.length_penalty, args.early_stopping)
-    return [text for texts in search(model, tokenizer, prompts[:: args.num], args.tokens, beams, decoding) for text in texts[: args.num]]
+    return [text for texts in writer.search(prompts[:: args.num], args.tokens, beams, decoding) for text in texts[: args.num]]
 
 
 def _print_json(texts: list[Completion], decoding: Decoding, args: argparse.Namespace, seconds: float) -> None:

@@ -23,6 +23,7 @@ from sickbay.core.errors import UsageError
 if TYPE_CHECKING:
     from sickbay.reference.data import Corpus
     from sickbay.reference.saving.checkpoint import State
+    from sickbay.reference.settings.recipe import Objective
     from sickbay.reference.settings.settings import Settings, Tables
     from sickbay.reference.train import Result
 
@@ -68,6 +69,7 @@ def main(args: argparse.Namespace) -> int:
     earlier = None if args.find_lr else _earlier(out, args.resume)
 
     from sickbay.reference import train
+    from sickbay.reference.data.tasks import demand_together
     from sickbay.reference.processes.world import together
     from sickbay.reference.training.interrupt import Stopped
     from sickbay.reference.training.precision import slow_here
@@ -75,6 +77,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         # The whole command is checked before anything is written.
         settings = settings_of.checked(asked, texts) if earlier is None else _continued(earlier, out, asked, texts)
+        demand_together(settings.model, settings.recipe, settings.data)
         if not settings.texts:
             raise UsageError("no text to train on; give a text file: sickbay train TEXT")
         device = _device(args.device)
@@ -134,41 +137,41 @@ def main(args: argparse.Namespace) -> int:
 
 def _show_card(settings: Settings, out: Path, corpus: Corpus, result: Result, device: str) -> None:
     """The card of the run stands on stdout."""
-    from sickbay.reference import data
+    from sickbay.reference.data.tasks import task_of
     from sickbay.reference.evaluation import card, closing
     from sickbay.reference.evaluation.evaluation import Evaluation
     from sickbay.reference.saving import checkpoint
     from sickbay.reference.training.schedule import scheduled
 
-    recipe, config = settings.recipe, settings.model
+    recipe, task = settings.recipe, task_of(corpus, settings.model, settings.recipe, settings.data)
     twice = dataclasses.replace(recipe, steps=2 * recipe.steps)
     last, next_one = scheduled(recipe, result.steps - 1), scheduled(twice, result.steps)
     meaning = f"train on, the learning rate at {next_one:.1e} again" if last < next_one else "train on"
-    model = checkpoint.load_weights(checkpoint.read(Path(result.checkpoint)), device, averaged=recipe.ema is not None)
+    model = checkpoint.load_model(checkpoint.read(Path(result.checkpoint)), device, averaged=recipe.ema is not None)
     on = f"sickbay train --out {shlex.quote(str(out))} --resume --steps {twice.steps}"
     training = closing.Training(
         ", ".join(Path(text).name for text in settings.texts),
         result.steps,
-        recipe.batch_size * recipe.accumulation * config.context,
+        recipe.batch_size * recipe.accumulation * task.tokens_per_row,
         result.seconds,
         result.tokens_per_second,
         result.history,
-        [(f"sickbay generate {shlex.quote(result.checkpoint)}", "write more"), (on, meaning)],
+        [*_writing(recipe.objective, result.checkpoint), (on, meaning)],
         last / recipe.learning_rate,
     )
-    card.show(
-        closing.close(
-            training,
-            model,
-            corpus.tokenizer,
-            corpus.train,
-            corpus.val,
-            corpus.bytes_per_token,
-            recipe.batch_size,
-            end_of_text=data.packed_by(corpus, settings.data),
-            evaluated=Evaluation(result.val_loss, result.val_error, result.val_tokens),
-        )
-    )
+    evaluated = Evaluation(result.val_loss, result.val_error, result.val_tokens, result.val_accuracy)
+    card.show(closing.close(training, model, task, evaluated))
+
+
+def _writing(objective: Objective, checkpoint: str) -> list[tuple[str, str]]:
+    """The command, if there is one, that has the trained model write, and what it does."""
+    command = f"sickbay generate {shlex.quote(checkpoint)}"
+    return {
+        "next-token": [(command, "write more")],
+        "masked-token": [],
+        "span-corruption": [(f"{command} --prompt 'TEXT<0>TEXT'", "fill in what is missing at <0>")],
+        "pairs": [(f"{command} --prompt SOURCE", "write a target")],
+    }[objective]
 
 
 def _asked(args: argparse.Namespace) -> tuple[Tables, tuple[str, ...]]:
@@ -242,7 +245,9 @@ def _corpus(settings: Settings, out: Path, earlier: State | None) -> Corpus:
     cache = out.parent / "tokens" if settings.data.cache is None else Path(settings.data.cache)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return data.prepare(places, cache, settings.data, tokenizer, expected=source, context=settings.model.context)
+        pairs = settings.recipe.objective == "pairs"
+        context = 0 if pairs else settings.model.context
+        return data.prepare(places, cache, settings.data, tokenizer, expected=source, context=context, pairs=pairs)
     except OSError as problem:
         raise UsageError(f"{problem.filename or places[0]}: {problem.strerror}; choose a readable TEXT and a writable --out") from problem
     finally:
@@ -280,12 +285,22 @@ def _shaped_as_trained(settings: Settings, asked: Tables) -> Settings:
 
 
 def _with_vocabulary(settings: Settings, asked: Tables, corpus: Corpus) -> Settings:
-    """`settings` with the tokenizer's ids, or the more that were asked for. Raises UsageError where fewer were."""
-    ids = corpus.tokenizer.vocab_size
-    size = asked["model"].get("vocab_size", ids)
-    if size < ids:
-        raise UsageError(f"vocab_size is {size}; it must be at least {ids}, the tokenizer's ids; leave it out to take them all")
-    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=size))
+    """`settings` with the ids of tokenizer and objective, or the more that were asked for. Raises UsageError where fewer were."""
+    from sickbay.reference.data.pairs import Translation
+    from sickbay.reference.data.tasks import objective_of
+
+    objective = objective_of(settings.recipe, settings.model, corpus.tokenizer)
+    ids, more = corpus.tokenizer.vocab_size, objective.extra_ids
+    size = asked["model"].get("vocab_size", ids + more)
+    if size < ids + more:
+        needed = f"{ids + more}, the tokenizer's ids" + (f" and {more} of {settings.recipe.objective}" if more else "")
+        raise UsageError(f"vocab_size is {size}; it must be at least {needed}; leave it out to take them all")
+    shape = dataclasses.replace(settings.model, vocab_size=size)
+    if isinstance(objective, Translation):
+        if asked["model"].get("pad_id", objective.pad_id) != objective.pad_id:
+            raise UsageError(f"pad_id is {asked['model']['pad_id']}; it must be left out with objective=pairs, which adds one")
+        shape = dataclasses.replace(shape, pad_id=objective.pad_id)
+    return dataclasses.replace(settings, model=shape)
 
 
 def _find_learning_rate(settings: Settings, asked: Tables, device: str, as_json: bool) -> int:

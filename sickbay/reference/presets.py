@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.reference import data
-from sickbay.reference.models.model import Transformer
-from sickbay.reference.processes.world import ALONE
+from sickbay.reference.data.tasks import objective_of, task_of
+from sickbay.reference.models.kinds import Model
 from sickbay.reference.saving import random_states
 from sickbay.reference.settings import presets, settings
 from sickbay.reference.settings.recipe import Recipe
-from sickbay.reference.training.loss import next_token_loss
+from sickbay.reference.training.loss import prediction_loss
 from sickbay.reference.training.optimizer import make_optimizer
 from sickbay.reference.training.start import starting_model
 
@@ -31,16 +31,14 @@ TOKENS = 1024  # of a batch, or one row: more would ask a processor the same que
 class Target:
     """What a checkup takes, by these names."""
 
-    model: Transformer
+    model: Model
     batches: list[data.Batch]
     optimizer: torch.optim.Optimizer
     recipe: Recipe
 
     def loss(self, model: nn.Module, batch: data.Batch) -> Tensor:
         """The mean loss of a batch in nats, as the training loop takes it."""
-        ids_BT, targets_BT = batch
-        pad_id = self.model.config.pad_id
-        return next_token_loss(model, ids_BT, targets_BT, pad_id, None, self.recipe.label_smoothing, self.recipe.z_loss)
+        return prediction_loss(model, batch, self.model.config.pad_id, self.recipe.label_smoothing, self.recipe.z_loss)
 
 
 def tiny() -> Target:
@@ -68,6 +66,16 @@ def best() -> Target:
     return of_preset("best")
 
 
+def encoder() -> Target:
+    """Of `--preset encoder`."""
+    return of_preset("encoder")
+
+
+def seq2seq() -> Target:
+    """Of `--preset seq2seq`."""
+    return of_preset("seq2seq")
+
+
 def of_preset(name: str) -> Target:
     """The target of preset `name`, at its highest learning rate, with fewer rows in a batch. Raises KeyError for a name that is none."""
     text = data.shipped_text()
@@ -75,9 +83,10 @@ def of_preset(name: str) -> Target:
     recipe, context = wanted.recipe, wanted.model.context
     with tempfile.TemporaryDirectory() as folder:
         corpus = data.prepare([text], Path(folder), wanted.data, context=context)
-        config = dataclasses.replace(wanted.model, vocab_size=corpus.tokenizer.vocab_size)
-        rows = min(recipe.batch_size, max(1, TOKENS // context))
-        batches = list(itertools.islice(data.train_batches(corpus, wanted.data, context, rows, recipe.seed, 0, ALONE.rows), BATCHES))
+        ids = corpus.tokenizer.vocab_size + objective_of(recipe, wanted.model, corpus.tokenizer).extra_ids
+        config = dataclasses.replace(wanted.model, vocab_size=ids)
+        few = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, max(1, TOKENS // context)))
+        batches = list(itertools.islice(task_of(corpus, config, few, wanted.data).training(first=0), BATCHES))
     random_states.seed(recipe.seed)
     model = starting_model(config, recipe)
     return Target(model, batches, make_optimizer(model, recipe), recipe)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sickbay.reference import data
+from sickbay.reference.data.corpus import Corpus
+from sickbay.reference.data.tasks import on, task_of
 from sickbay.reference.evaluation.evaluation import Evaluation, evaluate
 from sickbay.reference.models.config import Config
 from sickbay.reference.models.parts import Keeper, begin
@@ -23,7 +23,7 @@ from sickbay.reference.saving import checkpoint
 from sickbay.reference.settings.data_settings import DataSettings
 from sickbay.reference.settings.recipe import Recipe
 from sickbay.reference.training.interrupt import Stopped, on_request
-from sickbay.reference.training.loss import next_token_loss, token_shares
+from sickbay.reference.training.loss import prediction_loss, token_shares
 from sickbay.reference.training.machine import processor
 from sickbay.reference.training.optimizer import set_learning_rate
 from sickbay.reference.training.precision import autocast
@@ -59,7 +59,8 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | Non
 class Result:
     """What a run came to. Losses in nats per token; `val_loss` over the whole validation split, of what `checkpoint` holds.
 
-    `val_error`: its standard error; `val_tokens`: the targets it is the mean over. `tokens_per_second`: of the steps alone;
+    `val_error`: its standard error; `val_tokens`: the targets it is the mean over; `val_accuracy`: the share of them found likeliest.
+    `bits_per_byte`: of the text; None where an objective asks for other things than the text. `tokens_per_second`: of the steps alone;
     `seconds`: with evaluations and checkpoints. `history`: (step, validation loss) of the evaluations under way since the last start.
     """
 
@@ -69,7 +70,8 @@ class Result:
     val_loss: float
     val_error: float
     val_tokens: int
-    bits_per_byte: float
+    val_accuracy: float
+    bits_per_byte: float | None
     tokens_per_second: float
     seconds: float
     parameters: int
@@ -77,7 +79,7 @@ class Result:
 
 
 def train(
-    corpus: data.Corpus,
+    corpus: Corpus,
     config: Config,
     recipe: Recipe,
     out: Path,
@@ -90,24 +92,21 @@ def train(
 ) -> Result:
     """`out` holds the checkpoint of a model trained by `recipe`, its progress told on stderr.
 
-    `texts`: how `corpus` becomes batches. `resume`: the checkpoint to go on from; the weights at the end are bit-equal to those
-    of a run that never stopped. `world`: the processes that train together, each of which calls this.
+    The recipe's objective decides the kind of model. `texts`: how `corpus` becomes batches. `resume`: the checkpoint to go on from;
+    the weights at the end are bit-equal to those of a run that never stopped. `world`: the processes that train together, each of
+    which calls this.
     Raises ValueError (too little text), FloatingPointError (the loss is not finite), Stopped (by a signal, with a checkpoint),
     OSError (at the end, where the last checkpoint could not be written).
     """
-    texts = texts or DataSettings()
-    for tokens, part in ((corpus.train, "train"), (corpus.val, "validation")):
-        data.demand_length(tokens, config.context, part)
-    end_of_text = data.packed_by(corpus, texts)
+    task = task_of(corpus, config, recipe, texts)
     parts = begin(config, recipe, resume, world, device)
     first = parts.steps
-    number = first * recipe.accumulation
-    batches = data.train_batches(corpus, texts, config.context, recipe.batch_size, recipe.seed, number, world.rows)
+    batches = on(device, task.training(first * recipe.accumulation, world.rows))
     progress = Progress(
         first,
         recipe,
-        tokens_per_step=recipe.batch_size * recipe.accumulation * config.context,
-        bytes_per_token=corpus.bytes_per_token,
+        tokens_per_step=recipe.batch_size * recipe.accumulation * task.tokens_per_row,
+        bytes_per_token=task.bytes_per_token,
         speaks=world.first,
     )
     keeper = Keeper(parts, recipe, corpus, world, lambda text: progress.say(parts.steps, text))
@@ -116,8 +115,7 @@ def train(
     history: list[tuple[int, float]] = []
 
     def validate(model: nn.Module, most_rows: int | None = None) -> Evaluation:
-        rows = data.val_batches(corpus, texts, config.context, recipe.batch_size, most_rows, world.rows)
-        return evaluate(model, on(device, rows), config.pad_id, end_of_text, world)
+        return evaluate(model, on(device, task.spread("val", most_rows, world.rows)), config.pad_id, world)
 
     with (
         processor(recipe.threads, recipe.flush_denormal),
@@ -126,14 +124,11 @@ def train(
     ):
         for step in range(first, recipe.steps):
             set_learning_rate(parts.optimizer, scheduled(recipe, step))
-            cycle = [(ids.to(device), targets.to(device)) for ids, targets in itertools.islice(batches, recipe.accumulation)]
+            cycle = list(itertools.islice(batches, recipe.accumulation))
             step_loss = torch.zeros((), device=device)
-            for number, ((ids_BT, targets_BT), share) in enumerate(zip(cycle, token_shares(cycle, config.pad_id, world)), 1):
+            for number, (batch, share) in enumerate(zip(cycle, token_shares(cycle, config.pad_id, world)), 1):
                 with autocast(recipe.precision, device), accumulating(parts.net, last=number == len(cycle)):
-                    documents_BT = documents(ids_BT, end_of_text)
-                    loss = next_token_loss(
-                        parts.net, ids_BT, targets_BT, config.pad_id, documents_BT, recipe.label_smoothing, recipe.z_loss
-                    )
+                    loss = prediction_loss(parts.net, batch, config.pad_id, recipe.label_smoothing, recipe.z_loss)
                 backward(parts.scaler.scale(loss), share)
                 step_loss += loss.detach() * share
             update(parts.model, parts.optimizer, recipe.clip, parts.scaler)
@@ -170,7 +165,7 @@ def train(
         judged, chosen = parts.judged, newest
         if recipe.patience is not None and (out / BEST).is_dir():  # a resumed run's may be older than the resumption
             chosen = checkpoint.find(out / BEST)
-            judged = checkpoint.load_weights(checkpoint.read(chosen), device, averaged=parts.average is not None)
+            judged = checkpoint.load_model(checkpoint.read(chosen), device, averaged=parts.average is not None)
         validation = validate(judged)
     progress.show_validation(parts.steps, validation.loss)
     if keeper.problem is not None:
@@ -183,6 +178,7 @@ def train(
         validation.loss,
         validation.error,
         validation.tokens,
+        validation.accuracy,
         progress.bits_per_byte(validation.loss),
         speed,
         seconds,
@@ -191,19 +187,9 @@ def train(
     )
 
 
-def documents(ids_BT: Tensor, end_of_text: int | None) -> Tensor | None:
-    """Number of each token's document `(B, T)` where rows are packed."""
-    return None if end_of_text is None else data.documents_of(ids_BT, end_of_text)
-
-
 def is_due(done: int, every: int) -> bool:
     """Whether something that happens `every` so many steps (0 = never) happens after `done` of them."""
     return every > 0 and done % every == 0
-
-
-def on(device: str, batches: Iterable[data.Batch]) -> Iterable[data.Batch]:
-    """`batches`, each moved to `device` when it is asked for."""
-    return ((ids.to(device), targets.to(device)) for ids, targets in batches)
 
 
 def watching(model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Any]:

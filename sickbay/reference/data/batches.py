@@ -1,6 +1,7 @@
 """Tokens to batches, each known by its number: a run goes on from a step's number, without any state to save.
 
-A batch is `ids, targets`, both `(B, T)` int64: targets are the next tokens, -100 where there is none to predict.
+A batch is what the model reads and, last, what is asked of it: `*inputs, targets = batch`. Here that is `ids, targets`, both
+`(B, T)` int64: targets are the next tokens, -100 where there is none to predict.
 `rows`: the part of each batch's rows that one of several processes takes, slice(rank, None, processes); the batches are
 the same whatever their number. `end_of_text`: where documents are packed, no target is another document's token.
 """
@@ -21,7 +22,7 @@ from sickbay.reference.data.shuffle import shuffled
 from sickbay.reference.training.loss import IGNORED
 
 Tokens = npt.NDArray[Any]
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 ALL = slice(None)
 AHEAD = 64  # batches
 TRAIN_TENTHS = 9

@@ -22,6 +22,7 @@ from sickbay.core.errors import UsageError
 from sickbay.reference.data import sources, tokens
 from sickbay.reference.data.augment import Augmentation, append_augmented, warning
 from sickbay.reference.data.batches import ALL, Batch, Tokens, random_batches, shuffled_batches, spread_batches
+from sickbay.reference.data.pairs import Translation
 from sickbay.reference.data.sources import Report, Text
 from sickbay.reference.settings.data_settings import DataSettings
 from sickbay.reference.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load
@@ -33,8 +34,9 @@ FORMAT = 1
 class Corpus:
     """Texts as tokens on disk, mapped.
 
-    `source`: sha256 of the texts. `bytes_per_token`: mean UTF-8 bytes of a validation token, of a text that is cut in two
-    for validation the mean of the whole. `several`: made of documents, each followed by the tokenizer's `end_of_text`.
+    `train`, `val`: ids `(N,)`, of pairs as `pairs.Pairs` reads them. `source`: sha256 of the texts. `bytes_per_token`: mean UTF-8 bytes
+    of a validation token, of a text that is cut in two for validation the mean of the whole. `several`: made of documents, each
+    followed by the tokenizer's `end_of_text`.
     """
 
     tokenizer: Tokenizer
@@ -53,11 +55,13 @@ def prepare(
     *,
     expected: str | None = None,
     context: int = 0,
+    pairs: bool = False,
 ) -> Corpus:
     """The corpus of the texts at `places`, its tokens below `folder`: written once, found again by the same texts and tokenizer.
 
     `tokenizer`: None = the one `settings` name, made of all the texts where it is made of texts. `expected`: the `source`
     it must have. `context`: positions of a row, for which a text that is too short is refused before it is read.
+    `pairs`: the texts are rows of source and target.
     Cut short, it leaves nothing half-done. Raises UsageError for what cannot be read, is too short or another text; OSError.
     """
     settings = settings or DataSettings()
@@ -70,7 +74,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        return _prepared(places, partial, settings, tokenizer, expected, context)
+        return _prepared(places, partial, settings, tokenizer, expected, context, pairs)
     except UsageError as problem:
         raise UsageError(str(problem).replace(str(partial / "stdin"), "stdin")) from problem
     finally:
@@ -81,7 +85,13 @@ def prepare(
 
 
 def _prepared(
-    places: list[Path], partial: Path, settings: DataSettings, tokenizer: Tokenizer | None, expected: str | None, context: int
+    places: list[Path],
+    partial: Path,
+    settings: DataSettings,
+    tokenizer: Tokenizer | None,
+    expected: str | None,
+    context: int,
+    pairs: bool,
 ) -> Corpus:
     """The corpus, new tokens made in the empty folder `partial` and renamed into place when they are whole."""
     folder = partial.parent
@@ -91,9 +101,9 @@ def _prepared(
             tokenizer.save(partial / "tokenizer.json")
             kept = folder / _key(expected, settings, partial / "tokenizer.json")
             if _complete(kept):
-                return _opened(kept, tokenizer, expected)
+                return _opened(kept, tokenizer, expected, pairs)
         places = [sources.spool(partial / "stdin") if place == sources.STDIN else place for place in places]
-    text = Text.at(places, settings.field)
+    text = Text.at(places, settings.field, (settings.source_field, settings.target_field) if pairs else None)
     val = None if settings.val is None else _separate(Path(settings.val), text)
     _demand_size(text, val, settings, context)
     source = _source(text, val)
@@ -111,12 +121,12 @@ def _prepared(
             partial.rename(kept)
         if not _complete(kept):
             raise OSError(errno.EIO, "not whole although it was written", str(kept))
-    return _opened(kept, tokenizer, source)
+    return _opened(kept, tokenizer, source, pairs)
 
 
-def _opened(kept: Path, tokenizer: Tokenizer, source: str) -> Corpus:
+def _opened(kept: Path, tokenizer: Tokenizer, source: str, pairs: bool) -> Corpus:
     told = json.loads((kept / "corpus.json").read_text(encoding="utf-8"))
-    train_tokens, val_tokens = (tokens.open_tokens(kept / f"{part}.bin", tokenizer.vocab_size) for part in ("train", "val"))
+    train_tokens, val_tokens = (tokens.open_tokens(kept / f"{part}.bin", _ids(tokenizer, pairs)) for part in ("train", "val"))
     return Corpus(tokenizer, train_tokens, val_tokens, source, told["bytes_per_token"], told["several"])
 
 
@@ -150,7 +160,7 @@ def packed_by(corpus: Corpus, settings: DataSettings) -> int | None:
 
 def _separate(place: Path, train: Text) -> Text:
     """The text at `place`, none of its files also in `train`."""
-    text = Text.at([place], train.field)
+    text = Text.at([place], train.field, train.pair)
     both = {file.resolve() for file in text.files} & {file.resolve() for file in train.files}
     if both:
         raise UsageError(f"{min(both)} is in both the training and the validation text; what was trained on shows nothing about new text")
@@ -211,18 +221,23 @@ def _made(settings: DataSettings, text: Text, val: Text | None, source: str, fol
 def _write(text: Text, val: Text | None, tokenizer: Tokenizer, settings: DataSettings, folder: Path) -> None:
     """`folder` holds train.bin, val.bin and corpus.json."""
     train_file, val_file = folder / "train.bin", folder / "val.bin"
+    write, ids = tokens.write_tokens if text.pair is None else tokens.write_pairs, _ids(tokenizer, text.pair is not None)
     with _progress("tokens", text.size() + (val.size() if val else 0)) as report:
-        written = tokens.write_tokens(text, tokenizer, train_file, report)
+        written = write(text, tokenizer, train_file, report)
         if not sum(written.lengths):
             raise UsageError(f"{_named(text.files)} holds no document with any text; give one that does")
         if val is None:
             spans = tokens.validation_spans(written.lengths, settings.val_share)
+            if text.pair is not None and not tokens.whole_documents(written.lengths, spans):
+                raise UsageError(
+                    f"{_named(text.files)} has too few pairs for val_share={settings.val_share}; give more pairs, or others as val"
+                )
             val_bytes = tokens.bytes_within(written, spans)
-            tokens.move(train_file, spans, val_file, tokenizer.vocab_size)
+            tokens.move(train_file, spans, val_file, ids)
         else:
             spans = []
-            val_bytes = float(sum(tokens.write_tokens(val, tokenizer, val_file, report).text_bytes))
-    width = int(tokens.token_type(tokenizer.vocab_size)[-1])
+            val_bytes = float(sum(write(val, tokenizer, val_file, report).text_bytes))
+    width = int(tokens.token_type(ids)[-1])
     val_tokens = val_file.stat().st_size // width
     if not val_tokens:
         val_bytes, val_tokens = float(sum(written.text_bytes)), sum(written.lengths)
@@ -253,6 +268,11 @@ def _complete(folder: Path) -> bool:
 def _key(source: str, settings: DataSettings, tokenizer: Path) -> str:
     """The name of the folder of these tokens: another text, tokenizer, split or augmentation has another."""
     return _hash(FORMAT, source, sources.fingerprint(tokenizer), *settings.of_tokens())
+
+
+def _ids(tokenizer: Tokenizer, pairs: bool) -> int:
+    """Ids that the files of tokens hold: of pairs also what stands between them."""
+    return tokenizer.vocab_size + (Translation.extra_ids if pairs else 0)
 
 
 def _hash(*parts: object) -> str:

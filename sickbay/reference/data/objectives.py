@@ -11,7 +11,7 @@ Translation pairs are in pairs.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,14 @@ class SpanCorruption:
         demand("mean_span", self.mean_span, is_number(self.mean_span) and self.mean_span >= 1, "at least 1")
         demand("sentinels", self.sentinels, is_count(self.sentinels, 2), "an integer of at least 2")
         demand("seed", self.seed, is_count(self.seed, 0), "an integer of at least 0")
+
+    def for_rows(self, length: int) -> SpanCorruption:
+        """The same with as many sentinels as rows of `length` tokens need. Raises ValueError where a target would be longer than they."""
+        enough = replace(self, sentinels=length + 1)
+        target = enough.lengths(length)[1]
+        fits = f"such that a target, which has {target} tokens with mean_span={self.mean_span:g}, fits context={length}"
+        demand("mask_share", self.share, target <= length, fits)
+        return replace(self, sentinels=enough.cut(length)[1] + 1)
 
     @property
     def begin_id(self) -> int:

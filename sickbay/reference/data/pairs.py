@@ -1,22 +1,22 @@
-"""Translation pairs: a text and what it becomes, for an encoder-decoder."""
+"""Pairs: a text and what it becomes (a translation, an answer, a summary), for an encoder-decoder."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import overload
 
 import numpy as np
 from torch import Tensor
 
+from sickbay.reference.data.batches import Tokens
 from sickbay.reference.data.objectives import Ids, Inputs, stack
 from sickbay.reference.data.shuffle import shuffled
 from sickbay.reference.settings.demand import demand, is_count
-from sickbay.reference.text.tokenizer import Tokenizer
 from sickbay.reference.training.loss import IGNORED
 
 Pair = tuple[Ids, Ids]
+PIECE = 1 << 24  # tokens looked through at a time
 
 
 @dataclass(frozen=True)
@@ -63,28 +63,45 @@ class Translation:
             number += 1
 
 
-def read_pairs(path: Path, tokenizer: Tokenizer, context: int) -> list[Pair]:
-    """The pairs of a JSONL file, one `{"source": ..., "target": ...}` a line. Raises OSError, UnicodeDecodeError.
+class Pairs(Sequence[Pair]):
+    """The pairs in `tokens` `(N,)`, where one after another stands as `source begin target end`; what is mapped stays mapped."""
 
-    ValueError naming the line: it is no such object, a text has no ids, or source or target with its end is longer than `context`.
-    """
-    pairs = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                pairs.append(_pair(line, tokenizer, context))
-            except ValueError as problem:
-                raise ValueError(f"{path}, line {number}: {problem}") from problem
-    return pairs
+    def __init__(self, tokens: Tokens, objective: Translation) -> None:
+        self._tokens = tokens
+        self._middles, self._ends = (_places(tokens, id) for id in (objective.begin_id, objective.end_id))
+        self._begins = np.append(np.int64(0), self._ends[:-1] + 1)[: len(self._ends)]
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, place: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Pair]: ...
+
+    def __getitem__(self, place: int | slice) -> Pair | list[Pair]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        begin, middle, end = (int(places[place]) for places in (self._begins, self._middles, self._ends))
+        source, target = self._tokens[begin:middle], self._tokens[middle + 1 : end]
+        return source.astype(np.int64), target.astype(np.int64)
+
+    def demand_fit(self, context: int) -> None:
+        """Raises ValueError unless the longest source and the longest target, with its begin or end, have at most `context` tokens."""
+        if len(self) == 0:
+            return
+        source, target = int((self._middles - self._begins).max()), int((self._ends - self._middles - 1).max())
+        least = max(source, target + 1)
+        long = f"at least {least}: the longest source has {source} tokens, the longest target {target} and its end"
+        demand("context", context, least <= context, long)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a source and its target, with begin and end."""
+        return len(self._tokens) / max(1, len(self))
 
 
-def _pair(line: str, tokenizer: Tokenizer, context: int) -> Pair:
-    entry = json.loads(line)
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(side), str) and entry[side] for side in ("source", "target")):
-        raise ValueError('a pair is {"source": "...", "target": "..."}, neither of them empty')
-    source, target = tokenizer.encode(entry["source"]), tokenizer.encode(entry["target"])
-    if len(source) > context or len(target) + 1 > context:
-        raise ValueError(f"source and target have {len(source)} and {len(target)} tokens; at most {context} and {context - 1} fit")
-    return source, target
+def _places(tokens: Tokens, id: int) -> Ids:
+    pieces = [np.flatnonzero(tokens[begin : begin + PIECE] == id) + begin for begin in range(0, len(tokens), PIECE)]
+    return np.concatenate([np.empty(0, dtype=np.int64), *pieces])

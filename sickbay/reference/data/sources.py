@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders of them, JSONL and stdin, read in pieces so that no text needs to fit in memory."""
+"""Where text comes from: files, folders of them, JSONL, TSV and stdin, read in pieces so that no text needs to fit in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from sickbay.core.errors import UsageError
 CHUNK = 1 << 20  # bytes read at a time
 STDIN = Path("-")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+TSV_SUFFIX = ".tsv"
 FOLDER_SUFFIXES = (".txt", ".text", ".md", *JSONL_SUFFIXES)  # what is taken from a folder
+PAIR_SUFFIXES = (*JSONL_SUFFIXES, TSV_SUFFIX)  # what pairs are read from
 
 Report = Callable[[int], None]
 
@@ -35,22 +37,29 @@ class Document:
 
 @dataclass(frozen=True)
 class Text:
-    """`files` in the order they are read. `field`: of a JSONL row, holds its text. `several`: documents, not one running text."""
+    """`files` in the order they are read. `field`: of a JSONL row, holds its text. `several`: documents, not one running text.
+
+    `pair`: the fields of source and target where the rows are pairs; each of their two texts is then a document.
+    """
 
     files: tuple[Path, ...]
     field: str = "text"
     several: bool = False
+    pair: tuple[str, str] | None = None
 
     @classmethod
-    def at(cls, places: Sequence[Path], field: str = "text") -> Text:
+    def at(cls, places: Sequence[Path], field: str = "text", pair: tuple[str, str] | None = None) -> Text:
         """The text files and JSONL files that `places` are or, for folders, hold at any depth, by name. Raises UsageError."""
         files: list[Path] = []
         for place in places:
-            files += _files_below(place) if place.is_dir() else [place]
+            files += _files_below(place, FOLDER_SUFFIXES if pair is None else PAIR_SUFFIXES) if place.is_dir() else [place]
         for file in files:
             if not file.is_file():
                 raise UsageError(f"no text file at {file}; give a UTF-8 text, a JSONL file, a folder of them, or - for stdin")
-        return cls(tuple(files), field, len(files) > 1 or any(file.suffix in JSONL_SUFFIXES for file in files))
+            if pair is not None and file.suffix not in PAIR_SUFFIXES:
+                raise UsageError(f"{file} holds no pairs: they are read from files that end in {', '.join(PAIR_SUFFIXES)}")
+        several = pair is not None or len(files) > 1 or any(file.suffix in JSONL_SUFFIXES for file in files)
+        return cls(tuple(files), field, several, pair)
 
     def size(self) -> int:
         """Bytes of all files."""
@@ -60,13 +69,16 @@ class Text:
         """sha256 in hex of what is read: for one text file, of its bytes."""
         if not self.several:
             return fingerprint(self.files[0], report)
-        parts = [self.field] + [f"{file.suffix in JSONL_SUFFIXES} {fingerprint(file, report)}" for file in self.files]
+        rows = self.field if self.pair is None else json.dumps(self.pair)
+        parts = [rows] + [f"{file.suffix in JSONL_SUFFIXES} {fingerprint(file, report)}" for file in self.files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def documents(self, report: Report = nobody) -> Iterator[Document]:
         """Each document, in order; `report` is told the bytes read. Raises UsageError naming file and byte, or file and line; OSError."""
         for file in self.files:
-            if file.suffix in JSONL_SUFFIXES:
+            if self.pair is not None:
+                yield from _sides(file, self.pair, report)
+            elif file.suffix in JSONL_SUFFIXES:
                 yield from _rows(file, self.field, report)
             else:
                 yield Document(str(file), _decoded(file, report))
@@ -108,16 +120,14 @@ def shipped_text() -> Path:
     raise FileNotFoundError(f"tinyshakespeare.txt is neither at {places[0]} nor at {places[1]}")
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in FOLDER_SUFFIXES and path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix in suffixes and path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not found:
-        raise UsageError(
-            f"no text file at {folder}: the folder holds none that ends in {', '.join(FOLDER_SUFFIXES)}; name the files themselves"
-        )
+        raise UsageError(f"no text file at {folder}: the folder holds none that ends in {', '.join(suffixes)}; name the files themselves")
     return found
 
 
@@ -143,27 +153,57 @@ def _rows(file: Path, field: str, report: Report) -> Iterator[Document]:
     with file.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             report(len(line))
-            if not line.isspace() and (text := _row_text(line, field, f"{file}:{number}")):
+            if not line.isspace() and (text := _text_of(_row(line, field, f"{file}:{number}"), field, f"{file}:{number}")):
                 yield Document(f"{file}:{number}", iter((text,)))
 
 
-def _row_text(line: bytes, field: str, place: str) -> str:
+def _sides(file: Path, pair: tuple[str, str], report: Report) -> Iterator[Document]:
+    """Source and target of each row of a JSONL or TSV file, in turn; empty lines are passed over, an empty side is refused."""
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            report(len(line))
+            if line.isspace():
+                continue
+            place = f"{file}:{number}"
+            if file.suffix == TSV_SUFFIX:
+                sides = _line(line, place).rstrip("\r\n").split("\t")
+                if len(sides) != 2:
+                    raise UsageError(f"{place} has {len(sides) - 1} tabs; each line must be a source, one tab and its target")
+            else:
+                row = _row(line, pair[0], place)
+                sides = [_text_of(row, field, place, flag) for field, flag in zip(pair, ("--source-field", "--target-field"))]
+            if not all(sides):
+                raise UsageError(f"{place} has an empty {'target' if sides[0] else 'source'}; a pair has two texts")
+            yield from (Document(place, iter((side,))) for side in sides)
+
+
+def _line(line: bytes, place: str) -> str:
     try:
-        row = json.loads(line.decode("utf-8"))
+        return line.decode("utf-8")
     except UnicodeDecodeError as problem:
         raise UsageError(f"{place} is not UTF-8 text (byte {problem.start} of the line); convert it first, e.g. with iconv") from problem
+
+
+def _row(line: bytes, field: str, place: str) -> dict[str, object]:
+    """The JSON object on `line`. `field`: one that it should have, for messages."""
+    try:
+        row = json.loads(_line(line, place))
     except json.JSONDecodeError as problem:
         raise UsageError(f"{place} is not JSON: {problem.msg} at character {problem.pos}; each line must be one JSON object") from problem
     except RecursionError as problem:
         raise UsageError(f"{place} is not readable JSON: nested too deeply") from problem
     if not isinstance(row, dict):
         raise UsageError(f'{place} is {type(row).__name__}, not an object; each line must be like {{{json.dumps(field)}: "..."}}')
+    return row
+
+
+def _text_of(row: dict[str, object], field: str, place: str, flag: str = "--field") -> str:
     if field not in row:
         there = ", ".join(sorted(row)[:8]) or "none"
-        raise UsageError(f"{place} has no field {field!r} (it has: {there}); name the one that holds the text with --field")
+        raise UsageError(f"{place} has no field {field!r} (it has: {there}); name the one that holds the text with {flag}")
     text = row[field]
     if not isinstance(text, str):
-        raise UsageError(f"{place}: the field {field!r} is {type(text).__name__}, not text; name the one that holds the text with --field")
+        raise UsageError(f"{place}: the field {field!r} is {type(text).__name__}, not text; name the one that holds the text with {flag}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as problem:

@@ -14,6 +14,7 @@ import numpy as np
 
 from sickbay.core.errors import UsageError
 from sickbay.reference.data.batches import Tokens
+from sickbay.reference.data.pairs import Translation
 from sickbay.reference.data.sources import CHUNK, Report, Text, nobody
 from sickbay.reference.text.tokenizer import Tokenizer
 
@@ -64,6 +65,29 @@ def write_tokens(text: Text, tokenizer: Tokenizer, target: Path, report: Report 
     return written
 
 
+def write_pairs(text: Text, tokenizer: Tokenizer, target: Path, report: Report = nobody) -> Written:
+    """The ids of the pairs of `text` stand in `target`, each as `source begin target end`. Raises UsageError, OSError."""
+    written, objective = Written(array("Q"), array("Q")), Translation(tokenizer.vocab_size)
+    dtype, marks = token_type(objective.vocab_size + objective.extra_ids), (objective.begin_id, objective.end_id)
+    with target.open("wb") as file:
+        documents = text.documents(report)
+        for pair in zip(documents, documents):
+            count = size = 0
+            for document, mark in zip(pair, marks):
+                side = "".join(document.chunks)
+                try:
+                    ids = np.append(tokenizer.encode(side), mark)
+                except ValueError as problem:
+                    raise UsageError(f"{document.place}: {problem}; the tokenizers bytes and bpe know every text") from problem
+                file.write(ids.astype(dtype).tobytes())
+                count, size = count + len(ids), size + len(side.encode("utf-8"))
+            written.lengths.append(count)
+            written.text_bytes.append(size)
+        file.flush()
+        os.fsync(file.fileno())
+    return written
+
+
 def separator(text: Text, tokenizer: Tokenizer) -> list[int]:
     """What stands after each document: nothing after a single text, else `end_of_text` or, where there is none, a line end."""
     if not text.several:
@@ -95,6 +119,12 @@ def validation_spans(lengths: array[int], share: float) -> list[Span]:
             begin = spans.pop()[0]
         spans.append((begin, end))
     return spans
+
+
+def whole_documents(lengths: array[int], spans: list[Span]) -> bool:
+    """Whether no document of `lengths` tokens is cut by `spans`."""
+    borders = {0, *np.array(lengths, dtype=np.int64).cumsum().tolist()}
+    return all(border in borders for span in spans for border in span)
 
 
 def bytes_within(written: Written, spans: list[Span]) -> float:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sickbay.reference.evaluation.evaluation import Baselines, Evaluation, Manner
+from sickbay.reference.evaluation.guesses import Guesses, Shown
 from sickbay.reference.evaluation.outlook import Outlook
 
 MAX_LINES = 30
@@ -20,6 +21,14 @@ PLAIN_WIDTH = 100
 LEAST_WIDTH = 40
 BAR = 26  # columns of the longest bar
 SAMPLE_LINES = 7
+SHOWN_LINES = 3  # of each of its parts
+BEATEN = {
+    "uniform": "an even guess",
+    "unigram": "the unigram table",
+    "bigram": "the bigram table",
+    "trigram": "the trigram table",
+    "other source": "its loss with another row's source",
+}
 ADVICE = {
     "helps": "yes",
     "little": "hardly; a larger model (--dim, --layers) or more text may",
@@ -43,24 +52,25 @@ class Sample:
 class Closing:
     """All that the card tells. `parameters`: trained numbers; `tokens_per_step`, `seconds` and `tokens_per_second` of the training alone.
 
-    `flops_per_second`: achieved by the training; `peak_flops`: of this machine's matrix product, NaN where it was not measured.
-    `ways_on`: (command, what it does).
+    `flops_per_second`: achieved by the training; `peak_flops`: of this machine's matrix product; NaN where it was not measured.
+    `bytes_per_token`: None where the targets are not the text. `asked`: what they are, in a word. `ways_on`: (command, what it does).
     """
 
     title: str
     parameters: int
     steps: int
-    tokens_per_step: int
+    tokens_per_step: float
     seconds: float
     tokens_per_second: float
     flops_per_second: float
     peak_flops: float
     validation: Evaluation
-    bytes_per_token: float
-    baselines: Baselines
-    sample: Sample | None
+    bytes_per_token: float | None
+    baselines: Baselines | Guesses
+    sample: Sample | Shown | None
     outlook: Outlook
     ways_on: Sequence[tuple[str, str]]
+    asked: str = "token"
 
 
 def show(closing: Closing, file: TextIO | None = None) -> None:
@@ -89,57 +99,78 @@ def lines(closing: Closing, width: int = PLAIN_WIDTH) -> list[Text]:
         Text(),
         Text.assemble(("validation loss ", ""), (f"{closing.validation.loss:.4f}", "bold"), cut(_loss(closing), width - 22)),
         *_standing(closing, width),
+        *_instead(closing, width),
         Text(),
         *_wrapped("speed          ", _speed(closing), width),
         *_wrapped("train longer?  ", f"{ADVICE[closing.outlook.verdict]}: {closing.outlook.reason}", width, STYLE[closing.outlook.verdict]),
     ]
     foot = [Text(), *(Text.assemble((command, "bold cyan"), (f"   # {meaning}", "dim")) for command, meaning in closing.ways_on)]
-    middle = [] if closing.sample is None else [Text(), *_sample(closing.sample, width)]
+    sample = closing.sample
+    middle = [] if sample is None else [Text(), *(_sample(sample, width) if isinstance(sample, Sample) else _shown(sample, width))]
     return [*head, *middle[: max(0, MAX_LINES - len(head) - len(foot))], *foot][:MAX_LINES]
 
 
 def _size(closing: Closing) -> str:
-    done = f"{closing.steps:,} steps of {closing.tokens_per_step:,} tokens"
+    done = f"{closing.steps:,} steps of {closing.tokens_per_step:,.0f} tokens"
     return f"{quantity(closing.parameters)} parameters, {done}, {closing.seconds:,.0f} s"
 
 
 def _loss(closing: Closing) -> str:
     validation = closing.validation
-    bits = validation.bits_per_byte(closing.bytes_per_token)
+    per_byte = closing.bytes_per_token
+    bits = "" if per_byte is None else f", {validation.bits_per_byte(per_byte):.3f} bits per byte"
     noise = "" if math.isnan(validation.error) else f" +- {validation.error:.4f}"
-    return f"{noise} nats per token over {validation.tokens:,}, perplexity {validation.perplexity:,.2f}, {bits:.3f} bits per byte"
+    return f"{noise} nats per {closing.asked} over {validation.tokens:,}, perplexity {validation.perplexity:,.2f}{bits}"
 
 
 def _standing(closing: Closing, width: int) -> list[Text]:
     """Where the loss stands among the baselines, the worst first."""
     own, tables = closing.validation.loss, closing.baselines
+    others = tables.rows()
     rows = [
-        ("uniform", tables.uniform, "dim"),
-        ("unigram", tables.unigram, "dim"),
-        ("bigram", tables.bigram, "dim"),
-        ("trigram", tables.trigram, "dim"),
-        ("this model", own, "bold green" if own < tables.trigram else "bold red"),
+        *((name, value, "dim") for name, value in others),
+        ("this model", own, "bold green" if own < min(value for _, value in others) else "bold red"),
     ]
+    width_of_names = max(len(name) for name, _, _ in rows) + 1
     rows.sort(key=lambda row: -row[1] if math.isfinite(row[1]) else -math.inf)
     longest = max((value for _, value, _ in rows if math.isfinite(value)), default=1.0)
     found = []
     for name, value, style in rows:
         filled = round(BAR * value / longest) if math.isfinite(value) and longest > 0 else 0
-        bits = value / math.log(2) / closing.bytes_per_token
-        note = f"  {bits:.3f} bits per byte" + (f", {_beaten(own, tables)}" if name == "this model" else "")
-        found.append(Text.assemble(f"  {name:<11}", f"{value:7.4f} ", ("█" * filled, style), (cut(note, width - 21 - filled), "dim")))
+        notes = [] if closing.bytes_per_token is None else [f"{value / math.log(2) / closing.bytes_per_token:.3f} bits per byte"]
+        notes += [_beaten(own, others)] if name == "this model" else []
+        note = "  " + ", ".join(notes)
+        bar = Text("█" * filled, style)
+        room = width - 10 - width_of_names - filled
+        found.append(Text.assemble(f"  {name:<{width_of_names}}", f"{value:7.4f} ", bar, (cut(note, room), "dim")))
     return found
 
 
-def _beaten(own: float, tables: Baselines) -> str:
-    for name, value in (("trigram", tables.trigram), ("bigram", tables.bigram), ("unigram", tables.unigram), ("uniform", tables.uniform)):
+def _beaten(own: float, others: Sequence[tuple[str, float]]) -> str:
+    """By how much `own` is below the lowest of `others` that it is below."""
+    for name, value in sorted(others, key=lambda row: row[1]):
         if own < value:
-            return f"{value - own:.3f} below the {name} table" if name != "uniform" else f"{value - own:.3f} below an even guess"
+            return f"{value - own:.3f} below {BEATEN[name]}"
     return "no better than an even guess"
 
 
+def _instead(closing: Closing, width: int) -> list[Text]:
+    """Where tables of n-grams do not apply: that they do not, and how often the model is right."""
+    guesses = closing.baselines
+    if not isinstance(guesses, Guesses):
+        return []
+    right = f"{closing.validation.accuracy:.1%} of the {closing.asked}s, always the commonest {guesses.commonest:.1%}"
+    return [
+        Text.assemble("right          ", (cut(right, width - 15), "bold")),
+        Text(cut(f"no n-gram tables: {guesses.why}, they know what came before alone", width), style="dim"),
+    ]
+
+
 def _speed(closing: Closing) -> str:
-    said = f"{closing.tokens_per_second:,.0f} tokens/s, {quantity(closing.flops_per_second)}FLOP/s"
+    said = f"{closing.tokens_per_second:,.0f} tokens/s"
+    if math.isnan(closing.flops_per_second):
+        return said
+    said += f", {quantity(closing.flops_per_second)}FLOP/s"
     if not closing.peak_flops > 0:
         return said
     share = closing.flops_per_second / closing.peak_flops
@@ -152,16 +183,25 @@ def _sample(sample: Sample, width: int) -> list[Text]:
     usual = " ".join(f"{own:.2f}" for own in manner.usual)
     repeats = "" if manner.repeats is None else f"; {manner.repeats:.0%} of it repeats itself more than almost all of the text does"
     loop = f"; {manner.loop[0]} tokens loop with period {manner.loop[1]}" if manner.loop[0] >= 3 * manner.loop[1] > 0 else ""
-    written = [printable(part) for part in (sample.prompt + sample.text).strip("\n").split("\n")]
-    wrapped = [piece for part in written if part.strip() for piece in textwrap.wrap(part, width - 4) or [""]]
     return [
         Text("sample"),
-        *(Text.assemble(("  | ", "dim"), piece) for piece in wrapped[:SAMPLE_LINES]),
+        *_quoted(sample.prompt + sample.text, width, SAMPLE_LINES),
         *(
             Text(line, style="dim")
             for line in textwrap.wrap(f"distinct 1-, 2-, 3-grams {distinct}, in the text {usual}{repeats}{loop}", width)
         ),
     ]
+
+
+def _shown(shown: Shown, width: int) -> list[Text]:
+    said = (("sample", shown.read), ("the model", shown.written), ("was", shown.right))
+    return [line for label, text in said for line in (Text(label), *_quoted(text, width, SHOWN_LINES))]
+
+
+def _quoted(text: str, width: int, most: int) -> list[Text]:
+    written = [printable(part) for part in text.strip("\n").split("\n")]
+    wrapped = [piece for part in written if part.strip() for piece in textwrap.wrap(part, width - 4) or [""]]
+    return [Text.assemble(("  | ", "dim"), piece) for piece in wrapped[:most]]
 
 
 def _wrapped(label: str, text: str, width: int, style: str = "") -> list[Text]:

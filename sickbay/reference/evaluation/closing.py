@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sickbay.reference.data.batches import Tokens, spread_batches
+from sickbay.reference.data.batches import Tokens
+from sickbay.reference.data.objectives import NextToken
+from sickbay.reference.data.tasks import Part, Task, on
 from sickbay.reference.evaluation.card import Closing, Sample
-from sickbay.reference.evaluation.evaluation import Evaluation, baselines, evaluate, manner
+from sickbay.reference.evaluation.evaluation import Baselines, Evaluation, baselines, evaluate, manner
 from sickbay.reference.evaluation.flops import measured_peak, training_flops_per_token
+from sickbay.reference.evaluation.guesses import Guesses, Shown, guesses, shown
 from sickbay.reference.evaluation.outlook import outlook
 from sickbay.reference.generation.decoding import Decoding
 from sickbay.reference.generation.generate import generate
+from sickbay.reference.models.encoder_decoder import EncoderDecoder
+from sickbay.reference.models.kinds import Model
 from sickbay.reference.models.model import Transformer
 from sickbay.reference.text.tokenizer import Tokenizer
 
@@ -30,7 +36,7 @@ class Training:
 
     title: str
     steps: int
-    tokens_per_step: int
+    tokens_per_step: float
     seconds: float
     tokens_per_second: float
     history: Sequence[tuple[int, float]]
@@ -38,35 +44,31 @@ class Training:
     rate: float = 1.0
 
 
-def close(
-    training: Training,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    train: Tokens,
-    validation: Tokens,
-    bytes_per_token: float,
-    batch_size: int,
-    *,
-    end_of_text: int | None = None,
-    evaluated: Evaluation | None = None,
-) -> Closing:
-    """The card of `training`, which left `model`. `train`, `validation`: `(N,)` ids.
+def close(training: Training, model: Model, task: Task, evaluated: Evaluation | None = None) -> Closing:
+    """The card of `training` by `task`, which left `model`. `evaluated`: the loss on all of the validation part, if already known.
 
-    `end_of_text`: the id that ends the documents packed in a row. `evaluated`: the loss on all of `validation`, if already known.
-    torch's random state is as it was. Raises ValueError where the tokens fill no window.
+    torch's random state is as it was.
     """
-    config, device = model.config, model.token_embedding.weight.device
+    config, corpus, device = model.config, task.corpus, next(model.parameters()).device
 
-    def judged(tokens: Tokens, most_rows: int | None = None) -> Evaluation:
-        rows = spread_batches(tokens, config.context, batch_size, most_rows, end_of_text=end_of_text)
-        return evaluate(model, ((ids.to(device), targets.to(device)) for ids, targets in rows), config.pad_id, end_of_text)
+    def judged(part: Part, most_rows: int | None = None) -> Evaluation:
+        return evaluate(model, on(device, task.spread(part, most_rows)), config.pad_id)
 
     random = torch.get_rng_state()
     try:
-        if evaluated is None:
-            evaluated = judged(validation)
-        peak = measured_peak(str(device))
-        sample = write_sample(model, tokenizer, train, bytes_per_token)
+        evaluated = evaluated or judged("val")
+        if isinstance(model, EncoderDecoder):
+            flops = peak = math.nan  # its two sides do not read the same tokens
+        else:
+            flops, peak = training.tokens_per_second * training_flops_per_token(model, config), measured_peak(str(device))
+        sample: Sample | Shown
+        compared: Baselines | Guesses
+        if isinstance(task.objective, NextToken):
+            assert isinstance(model, Transformer)
+            sample = write_sample(model, corpus.tokenizer, corpus.train, corpus.bytes_per_token)
+            compared = baselines(corpus.train, corpus.val, corpus.tokenizer.vocab_size)
+        else:
+            sample, compared = shown(task, model, device), guesses(task, model, device)
     finally:
         torch.set_rng_state(random)
     return Closing(
@@ -76,14 +78,15 @@ def close(
         tokens_per_step=training.tokens_per_step,
         seconds=training.seconds,
         tokens_per_second=training.tokens_per_second,
-        flops_per_second=training.tokens_per_second * training_flops_per_token(model, config),
+        flops_per_second=flops,
         peak_flops=peak,
         validation=evaluated,
-        bytes_per_token=bytes_per_token,
-        baselines=baselines(train, validation, tokenizer.vocab_size),
+        bytes_per_token=task.bytes_per_token,
+        baselines=compared,
         sample=sample,
-        outlook=outlook(training.history, judged(train, TRAIN_ROWS), evaluated, training.rate),
+        outlook=outlook(training.history, judged("train", TRAIN_ROWS), evaluated, training.rate),
         ways_on=training.ways_on,
+        asked=task.asked,
     )
 
 

@@ -14,7 +14,6 @@ from torch.nn import functional
 from sickbay.core import repetition
 from sickbay.core.ngrams import NGrams, windows
 from sickbay.reference.data.batches import Batch, Tokens
-from sickbay.reference.data.packing import documents_of
 from sickbay.reference.processes.world import ALONE, World
 from sickbay.reference.training.loss import IGNORED, counted
 
@@ -27,11 +26,15 @@ _PIECE = 1 << 18
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss`: mean nats per token over `tokens` targets; `error`: standard error of that mean, rows as draws (NaN from a single row)."""
+    """`loss`: mean nats per token over `tokens` targets; `error`: standard error of that mean, rows as draws (NaN from a single row).
+
+    `accuracy`: share of the targets that are the token found likeliest.
+    """
 
     loss: float
     error: float
     tokens: int
+    accuracy: float = math.nan
 
     @property
     def perplexity(self) -> float:
@@ -44,35 +47,34 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch], pad_id: int | None = None, end_of_text: int | None = None, world: World = ALONE
-) -> Evaluation:
+def evaluate(model: nn.Module, batches: Iterable[Batch], pad_id: int | None = None, world: World = ALONE) -> Evaluation:
     """The loss over all targets of `batches` that are neither `pad_id` nor -100, without dropout; the model's mode is as it was.
 
-    `end_of_text`: the id that ends the documents packed in a row. `world`: the processes whose rows `batches` do not hold.
+    `world`: the processes whose rows `batches` do not hold.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64)
     try:
-        for ids_BT, targets_BT in batches:
+        for *inputs, targets_BT in batches:
             targets_N = counted(targets_BT, pad_id).flatten()
-            logits_BTV = model(ids_BT) if end_of_text is None else model(ids_BT, documents_of(ids_BT, end_of_text))
-            loss_N = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_N, ignore_index=IGNORED, reduction="none")
+            logits_NV = model(*inputs).flatten(0, 1)
+            loss_N = functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="none")
             loss_B = loss_N.view_as(targets_BT).double().sum(1).cpu()
             count_B = (targets_N != IGNORED).view_as(targets_BT).sum(1).double().cpu()
-            parts = (loss_B, count_B, (count_B > 0).double(), loss_B.square(), loss_B * count_B, count_B.square())
+            hits = (logits_NV.argmax(-1) == targets_N).double().cpu()
+            parts = (loss_B, count_B, (count_B > 0).double(), loss_B.square(), loss_B * count_B, count_B.square(), hits)
             sums += torch.stack([part.sum() for part in parts])
     finally:
         model.train(was_training)
-    loss, tokens, rows, loss_squared, loss_count, count_squared = world.sum(*sums.tolist())
+    loss, tokens, rows, loss_squared, loss_count, count_squared, hits = world.sum(*sums.tolist())
     if not tokens:
         return Evaluation(math.nan, math.nan, 0)
     mean = loss / tokens
     # Of a ratio of two sums over rows (Cochran 1977, section 6.3): rows may hold unequal numbers of targets.
     squared = max(0.0, loss_squared - 2 * mean * loss_count + mean**2 * count_squared)
     error = math.sqrt(squared * rows / (rows - 1)) / tokens if rows > 1 else math.nan
-    return Evaluation(mean, error, int(tokens))
+    return Evaluation(mean, error, int(tokens), hits / tokens)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ class Baselines:
     bigram: float
     trigram: float
     counted: int
+
+    def rows(self) -> list[tuple[str, float]]:
+        return [("uniform", self.uniform), ("unigram", self.unigram), ("bigram", self.bigram), ("trigram", self.trigram)]
 
 
 def baselines(train: Tokens, validation: Tokens, vocab_size: int, most: int = MOST_COUNTED) -> Baselines:

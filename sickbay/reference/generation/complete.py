@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from sickbay.reference.generation.beam import GREEDY, Beams, Hypothesis, beam_se
 from sickbay.reference.generation.decoding import Decoding
 from sickbay.reference.generation.generate import generate
 from sickbay.reference.generation.stream import TextStream
-from sickbay.reference.models.model import Transformer
+from sickbay.reference.models.model import LanguageModel
 from sickbay.reference.text.tokenizer import Tokenizer
 
 Ending = Literal["length", "stop", "end-of-text"]
@@ -39,8 +39,38 @@ class Completion:
     seed: int
 
 
+class Writer(Protocol):
+    """What `sickbay generate` asks of a trained model. `goes_on`: what it writes belongs behind the prompt, and is no answer to it."""
+
+    goes_on: bool
+
+    def write(self, prompts: Sequence[str], count: int, decoding: Decoding, seed: int = 0, stop: Sequence[str] = ()) -> Iterator[Piece]:
+        """Yields what is written to `prompts`, as the function `write` does."""
+        ...
+
+    def search(self, prompts: Sequence[str], count: int, beams: Beams, decoding: Decoding = GREEDY) -> list[list[Completion]]:
+        """What beam search finds for each prompt, as the function `search` does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Continuer(Writer):
+    """A Writer of text that goes on from its prompt."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+
+    goes_on = True
+
+    def write(self, prompts: Sequence[str], count: int, decoding: Decoding, seed: int = 0, stop: Sequence[str] = ()) -> Iterator[Piece]:
+        return write(self.model, self.tokenizer, prompts, count, decoding, seed, stop)
+
+    def search(self, prompts: Sequence[str], count: int, beams: Beams, decoding: Decoding = GREEDY) -> list[list[Completion]]:
+        return search(self.model, self.tokenizer, prompts, count, beams, decoding)
+
+
 def write(
-    model: Transformer,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     count: int,
@@ -68,7 +98,7 @@ def write(
 
 
 def complete(
-    model: Transformer,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     count: int,
@@ -113,7 +143,7 @@ def _advance(row: int, stream: TextStream, token: int, tokens: int, count: int, 
 
 
 def search(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], count: int, beams: Beams, decoding: Decoding = GREEDY
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], count: int, beams: Beams, decoding: Decoding = GREEDY
 ) -> list[list[Completion]]:
     """The texts that beam search finds for each prompt, the best first; nothing is drawn, so their seed is 0. Raises ValueError."""
     ids, end = [encoded(tokenizer, prompt) for prompt in prompts], tokenizer.end_of_text

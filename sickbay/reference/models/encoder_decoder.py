@@ -61,10 +61,10 @@ class CrossAttention(nn.Module):
         return key_BGSK, value_BGSK
 
     def forward(self, x_BTD: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, visible_B1TS: Tensor | None) -> Tensor:
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         query_BHTK = self.query(x_BTD).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
         mixed_BHTK = self.attend(query_BHTK, key_BGSK, value_BGSK, visible_B1TS, self.dropout if self.training else 0.0)
-        out_BTD: Tensor = self.output(mixed_BHTK.transpose(1, 2).reshape(B, T, D))
+        out_BTD: Tensor = self.output(mixed_BHTK.transpose(1, 2).flatten(2))
         return out_BTD
 
 
@@ -193,16 +193,20 @@ class EncoderDecoder(nn.Module):
         normed_BTD: Tensor = self.decoder.final_norm(x_BTD)
         return normed_BTD
 
-    def given(self, source_BS: Tensor) -> Given:
-        """A model of the target alone, for generate.generate: row b goes with row b of the source, or all rows with the only one."""
-        return Given(self, source_BS)
+    def given(self, source_BS: Tensor, never: Sequence[int] = ()) -> Given:
+        """A model of the target alone, for generate.generate: row b goes with row b of the source, or all rows with the only one.
+
+        `never`: ids that are not chosen, such as padding.
+        """
+        return Given(self, source_BS, never)
 
 
 class Given(nn.Module):
     """The decoder with its source fixed: what is generated from it is read and written as a decoder-only model's text is."""
 
-    def __init__(self, model: EncoderDecoder, source_BS: Tensor) -> None:
+    def __init__(self, model: EncoderDecoder, source_BS: Tensor, never: Sequence[int] = ()) -> None:
         super().__init__()
+        self._never = list(never)
         self.model, self.config, self.token_embedding = model, model.config, model.encoder.token_embedding
         was_training = model.training
         model.eval()
@@ -215,7 +219,9 @@ class Given(nn.Module):
         return self.model.hidden(ids_BT, self._memory.rows(len(ids_BT)), documents, cache)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        return self.model.encoder.logits(hidden_BTD)
+        logits_BTV = self.model.encoder.logits(hidden_BTD)
+        logits_BTV[..., self._never] = -torch.inf
+        return logits_BTV
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         return self.logits(self.hidden(ids_BT))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sickbay.reference.data.corpus import Corpus
 from sickbay.reference.models.config import Config
-from sickbay.reference.models.model import Transformer
+from sickbay.reference.models.kinds import Model
 from sickbay.reference.processes.parallel import deal_out, exchanging
 from sickbay.reference.processes.world import World
 from sickbay.reference.saving import checkpoint, random_states
@@ -31,7 +32,7 @@ from sickbay.reference.training.stopping import Patience
 class Parts:
     """`net`: what to call for logits, which is `model` or what exchanges its gradients. `steps`: optimizer steps taken."""
 
-    model: Transformer
+    model: Model
     net: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -53,7 +54,7 @@ def begin(config: Config, recipe: Recipe, resume: checkpoint.State | None, world
     average = None if recipe.ema is None else averaged(model, recipe.ema)
     deal_out(model, world, device)
     if average is not None:
-        deal_out(average.module, world, device)
+        deal_out(cast("Model", average.module), world, device)
     net = exchanging(model, world)
     parts = Parts(model, net, make_optimizer(model, recipe), make_scaler(recipe.precision, device), average, Patience(recipe.patience))
     if resume is not None:

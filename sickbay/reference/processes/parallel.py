@@ -16,26 +16,28 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from sickbay.core.errors import UsageError
-from sickbay.reference.models.blocks import Attention
-from sickbay.reference.models.model import Transformer
+from sickbay.reference.models.blocks import Attention, Block
+from sickbay.reference.models.encoder_decoder import CrossAttention, CrossBlock
+from sickbay.reference.models.kinds import Model
 from sickbay.reference.processes.dtensor import gathered, is_dtensor, local
 from sickbay.reference.processes.world import World, rows_by_process
 
 NORM_EPS = 1e-6  # as in torch's clip_grad_norm_
 
 
-def deal_out(model: nn.Module, world: World, device: str = "cpu") -> None:
+def deal_out(model: Model, world: World, device: str = "cpu") -> None:
     """`model`, which every process built alike, is on `device`, as much of it as `world.kind` gives this process.
 
     "fsdp" and "tp" turn parameters into DTensors: make the optimizer after this.
     Raises UsageError where heads or hidden units cannot be dealt out evenly.
     """
-    assert isinstance(model, Transformer)
     if world.kind == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
-        for block in model.blocks:
+        for block in blocks_of(model):
+            if isinstance(block, CrossBlock):
+                fully_shard(block.cross_attention.key_value, mesh=mesh)  # reads the source before its block is called
             fully_shard(block, mesh=mesh)  # moves a block at a time: the whole model need not fit the device
         fully_shard(model, mesh=mesh)
         return
@@ -44,7 +46,12 @@ def deal_out(model: nn.Module, world: World, device: str = "cpu") -> None:
         _split_blocks(model, world)
 
 
-def exchanging(model: Transformer, world: World) -> nn.Module:
+def blocks_of(model: nn.Module) -> list[Block | CrossBlock]:
+    """The blocks of `model`, an encoder-decoder's of both sides."""
+    return [module for module in model.modules() if isinstance(module, (Block, CrossBlock))]
+
+
+def exchanging(model: Model, world: World) -> nn.Module:
     """What to call for logits so that the gradients of all rows reach every process: `model`, under "ddp" inside torch's wrapper."""
     if world.kind != "ddp":
         return model
@@ -53,8 +60,11 @@ def exchanging(model: Transformer, world: World) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _split_blocks(model: Transformer, world: World) -> None:
-    """Each process holds its heads' rows of query-key-value, its hidden units' rows of up and gate, and their columns in what follows."""
+def _split_blocks(model: Model, world: World) -> None:
+    """Each process holds its heads' rows of query-key-value, its hidden units' rows of up and gate, and their columns in what follows.
+
+    Of what looks at a source likewise: its heads' rows of query and key-value.
+    """
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     config, size = model.config, world.size
@@ -65,24 +75,28 @@ def _split_blocks(model: Transformer, world: World) -> None:
     plan = {
         "attention.query_key_value": ColwiseParallel(),
         "attention.output": RowwiseParallel(),
+        "cross_attention.query": ColwiseParallel(),
+        "cross_attention.key_value": ColwiseParallel(),
+        "cross_attention.output": RowwiseParallel(),
         "feed_forward.up": ColwiseParallel(),
         "feed_forward.gate": ColwiseParallel(),
         "feed_forward.down": RowwiseParallel(),
     }
-    order = torch.tensor(rows_by_process(config, size))
-    for block in model.blocks:
-        attention = block.attention
-        assert isinstance(attention, Attention)
+    for block in blocks_of(model):
         with torch.no_grad():
-            for whole in attention.query_key_value.parameters():
-                whole.copy_(whole[order])
-        parts = plan if config.activation == "swiglu" else {name: style for name, style in plan.items() if name != "feed_forward.gate"}
-        parallelize_module(block, mesh, parts)
-        attention.num_heads //= size
-        attention.kv_heads //= size
-        for norm in (attention.query_norm, attention.key_norm):
-            if norm is not None:
-                norm.weight.register_hook(_added_up)
+            for name, whole in block.named_parameters():
+                if (order := rows_by_process(name, config, size)) is not None:
+                    whole.copy_(whole[torch.tensor(order)])
+        here = {name for name, _ in block.named_modules()}
+        parallelize_module(block, mesh, {name: style for name, style in plan.items() if name in here})
+        for attention in block.modules():
+            if isinstance(attention, (Attention, CrossAttention)):
+                attention.num_heads //= size
+                attention.kv_heads //= size
+            if isinstance(attention, Attention):
+                for norm in (attention.query_norm, attention.key_norm):
+                    if norm is not None:
+                        norm.weight.register_hook(_added_up)
 
 
 def _added_up(gradient: Tensor) -> Tensor:

@@ -70,8 +70,7 @@ class World:
 
     def row_order(self, name: str, config: Config) -> list[int] | None:
         """The rows of the whole tensor `name` in the order in which the processes hold them; None = from the first to the last."""
-        split = self.kind == "tp" and "attention.query_key_value." in name
-        return rows_by_process(config, self.size) if split else None
+        return rows_by_process(name, config, self.size) if self.kind == "tp" else None
 
 
 ALONE = World()
@@ -106,11 +105,17 @@ def together(kind: Parallel, device: str = "cpu", rows: int = 0) -> Iterator[Wor
         torch.distributed.destroy_process_group()
 
 
-def rows_by_process(config: Config, size: int) -> list[int]:
-    """Rows of the joined query-key-value matrix, those of process 0's heads first."""
+def rows_by_process(name: str, config: Config, size: int) -> list[int] | None:
+    """Rows of the tensor `name`, process 0's heads first, where several matrices of heads lie in it; None = from the first to the last."""
+    if "attention.query_key_value." in name:
+        stacked = [config.num_heads, config.kv_heads, config.kv_heads]
+    elif "attention.key_value." in name:
+        stacked = [config.kv_heads, config.kv_heads]
+    else:
+        return None
     width = config.head_dim
     kinds, begin = [], 0
-    for heads in (config.num_heads, config.kv_heads, config.kv_heads):
+    for heads in stacked:
         kinds.append(range(begin * width, (begin + heads) * width))
         begin += heads
     return [row for rank in range(size) for rows in kinds for row in rows[rank * len(rows) // size : (rank + 1) * len(rows) // size]]

@@ -18,9 +18,11 @@ class DataSettings:
     `tokenizer`: chars (of the text's own characters), bytes, bpe (trained on the text), or the path of a tokenizer.json.
     `bpe_vocab`: most ids of a bpe tokenizer.
     `field`: of a JSONL row, the one that holds the text.
+    `source_field`: of a JSONL row of pairs, the one that holds the source; a TSV row is source, tab, target.
+    `target_field`: the one that holds the target.
     `val`: a text for validation alone, as a file or folder; none = `val_share` of the text.
     `val_share`: share of the text kept for validation: whole documents where there are several, else its end.
-    `order`: random places in each batch, or shuffled: every window once in an epoch.
+    `order`: random places in each batch, or shuffled: every window once in an epoch. Pairs always come once in an epoch.
     `packed`: documents of one row are kept apart: none sees another, and none has to predict another's first token.
     `cache`: folder of the tokens, used again by runs on the same text; none = tokens/ beside the run's folder.
     `delete_words`: share of words deleted in augmented copies of the training text (Wei & Zou 2019 use 0.1).
@@ -34,6 +36,8 @@ class DataSettings:
     tokenizer: str = "chars"
     bpe_vocab: int = 4096
     field: str = "text"
+    source_field: str = "source"
+    target_field: str = "target"
     val: str | None = None
     val_share: float = 0.1
     order: Order = "random"
@@ -47,9 +51,10 @@ class DataSettings:
     augment_seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("tokenizer", "field"):
+        for field in ("tokenizer", "field", "source_field", "target_field"):
             value = getattr(self, field)
             demand(field, value, isinstance(value, str) and bool(value), "a text that is not empty")
+        demand("target_field", self.target_field, self.target_field != self.source_field, "another field than source_field")
         for field in ("val", "cache", "translate_there", "translate_back"):
             value = getattr(self, field)
             demand(field, value, value is None or (isinstance(value, str) and bool(value)), "none or a path")

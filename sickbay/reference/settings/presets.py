@@ -78,4 +78,7 @@ PRESETS: dict[str, Preset] = {
         },
         "data": {"order": "shuffled"},
     },
+    # The shape and the steps of "tiny" for an encoder that fills in masked tokens, and for an encoder-decoder that writes what was cut out.
+    "encoder": {"recipe": {"objective": "masked-token"}},
+    "seq2seq": {"recipe": {"objective": "span-corruption"}},
 }

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from sickbay.reference.settings.demand import demand, is_count, is_number
 
+Objective = Literal["next-token", "masked-token", "span-corruption", "pairs"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 OptimizerKind = Literal["adamw", "muon"]
 Recompute = Literal["none", "block", "sqrt"]
@@ -18,6 +19,10 @@ Parallel = Literal["none", "ddp", "fsdp", "tp"]
 class Recipe:
     """How to train; the defaults are nanoGPT's recipe for a CPU. A value outside its range raises ValueError with field, value and range.
 
+    `objective`: next-token (a decoder), masked-token (an encoder: Devlin et al. 2019), span-corruption (an encoder-decoder: Raffel et al.
+        2020) or pairs (an encoder-decoder, of a source and its target).
+    `mask_share`: share of a row's tokens that masked-token asks for, or that span-corruption cuts out.
+    `mean_span`: mean tokens of a span that span-corruption cuts out.
     `steps`: optimizer steps.
     `batch_size`: rows of one micro-batch.
     `accumulation`: micro-batches of one step, weighted by their tokens.
@@ -55,6 +60,9 @@ class Recipe:
     `save_every`: steps between checkpoints, 0 = only at the end.
     """
 
+    objective: Objective = "next-token"
+    mask_share: float = 0.15
+    mean_span: float = 3.0
     steps: int = 2000
     batch_size: int = 12
     accumulation: int = 1
@@ -119,7 +127,10 @@ class Recipe:
             demand(field, value, is_number(value) and value >= 0, "at least 0 and finite")
         demand("clip", self.clip, self.clip is None or (is_number(self.clip) and self.clip > 0), "None or above 0 and finite")
         demand("ema", self.ema, self.ema is None or (is_number(self.ema) and 0 < self.ema < 1), "None or above 0 and below 1")
+        demand("mask_share", self.mask_share, is_number(self.mask_share) and 0 < self.mask_share < 1, "above 0 and below 1")
+        demand("mean_span", self.mean_span, is_number(self.mean_span) and self.mean_span >= 1, "at least 1 and finite")
         for field, kind in (
+            ("objective", Objective),
             ("optimizer", OptimizerKind),
             ("schedule", Schedule),
             ("recompute", Recompute),

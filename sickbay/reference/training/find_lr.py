@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 
-from sickbay.reference import data
-from sickbay.reference.models.model import Transformer
+from sickbay.reference.data.corpus import Corpus
+from sickbay.reference.data.tasks import on, task_of
+from sickbay.reference.models.kinds import model_for
 from sickbay.reference.settings.settings import Settings
 from sickbay.reference.train import update
-from sickbay.reference.training.loss import next_token_loss
+from sickbay.reference.training.loss import prediction_loss
 from sickbay.reference.training.optimizer import make_optimizer, set_learning_rate
 
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -57,22 +59,23 @@ class Found:
         )
 
 
-def find_learning_rate(corpus: data.Corpus, settings: Settings, device: str = "cpu") -> Found:
+def find_learning_rate(corpus: Corpus, settings: Settings, device: str = "cpu") -> Found:
     """The loss of a fresh model, one batch a trial, the learning rate rising by the same factor each time until training breaks down.
 
     A Muon recipe's matrices keep the ratio of their learning rate to the others'. Raises ValueError (too little text).
     """
     config, recipe = settings.model, settings.recipe
     torch.manual_seed(recipe.seed)
-    model = Transformer(config).to(device)
+    model = model_for(recipe.objective, config).to(device)
     optimizer = make_optimizer(model, recipe)
-    batches = data.train_batches(corpus, settings.data, config.context, recipe.batch_size * recipe.accumulation, recipe.seed)
+    whole = dataclasses.replace(recipe, batch_size=recipe.batch_size * recipe.accumulation)
+    batches = on(device, task_of(corpus, config, whole, settings.data).training(first=0))
     trials: list[Trial] = []
     running = 0.0
-    for number, (ids_BT, targets_BT) in zip(range(TRIALS), batches):
+    for number, batch in zip(range(TRIALS), batches):
         rate = LOWEST * (HIGHEST / LOWEST) ** (number / (TRIALS - 1))
         set_learning_rate(optimizer, rate)
-        loss = next_token_loss(model, ids_BT.to(device), targets_BT.to(device), config.pad_id)
+        loss = prediction_loss(model, batch, config.pad_id)
         loss.backward()
         update(model, optimizer, recipe.clip)
         running = SMOOTHING * running + (1 - SMOOTHING) * loss.item()

@@ -1,4 +1,4 @@
-"""What is minimised: the mean cross-entropy of the next token, over the targets that count."""
+"""What is minimised: the mean cross-entropy of the tokens asked for, over the targets that count."""
 
 from __future__ import annotations
 
@@ -27,12 +27,21 @@ def next_token_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are neither `pad_id` nor -100; scalar. `documents`: of packed rows `(B, T)`.
+    """`prediction_loss` of a decoder's `ids` and `targets` `(B, T)`. `documents`: of packed rows `(B, T)`."""
+    inputs = (ids_BT,) if documents is None else (ids_BT, documents)
+    return prediction_loss(model, (*inputs, targets_BT), pad_id, label_smoothing, z_loss)
+
+
+def prediction_loss(
+    model: nn.Module, batch: Sequence[Tensor], pad_id: int | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
+    """Mean cross-entropy in nats over the targets that are neither `pad_id` nor -100; scalar. `batch`: `*inputs, targets`.
 
     `label_smoothing` spreads that share of each target over the vocabulary (Szegedy et al. 2016, section 7). `z_loss` adds that
     multiple of the mean of log(Z) squared, Z being the softmax's denominator (Chowdhery et al. 2022, section 5).
     """
-    logits_BTV = model(ids_BT) if documents is None else model(ids_BT, documents)
+    *inputs, targets_BT = batch
+    logits_BTV = model(*inputs)
     logits_NV, targets_N = logits_BTV.flatten(0, 1), counted(targets_BT, pad_id).flatten()
     loss = functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, label_smoothing=label_smoothing)
     if z_loss:
@@ -42,11 +51,11 @@ def next_token_loss(
     return loss
 
 
-def token_shares(cycle: Sequence[tuple[Tensor, Tensor]], pad_id: int | None = None, world: World = ALONE) -> list[float]:
+def token_shares(cycle: Sequence[Sequence[Tensor]], pad_id: int | None = None, world: World = ALONE) -> list[float]:
     """Each micro-batch's share of the counted targets of one step: the weights that make accumulation equal to one joined batch.
 
     Where processes share the rows, their number times that: they average gradients, and averaging then adds up the shares.
     """
-    counts = [int((counted(targets, pad_id) != IGNORED).sum()) for _, targets in cycle]
+    counts = [int((counted(targets, pad_id) != IGNORED).sum()) for *_, targets in cycle]
     (total,) = world.sum(sum(counts))
     return [count * world.shards / total for count in counts] if total else [1 / len(cycle)] * len(cycle)

@@ -14,10 +14,11 @@ from sickbay.reference.settings.recipe import Recipe
 class Progress:
     """One line on stderr, rewritten in place on a terminal and repeated now and then elsewhere. `every`: steps between two.
 
+    `bytes_per_token`: None = losses are not of the text, and are told in perplexity.
     `speaks`: False = nothing is written, as by all but one of the processes of a run.
     """
 
-    def __init__(self, first: int, recipe: Recipe, *, tokens_per_step: int, bytes_per_token: float, speaks: bool = True) -> None:
+    def __init__(self, first: int, recipe: Recipe, *, tokens_per_step: float, bytes_per_token: float | None, speaks: bool = True) -> None:
         self.speaks = speaks
         self.terminal = sys.stderr.isatty()
         self.every = 10 if self.terminal else 100
@@ -40,21 +41,24 @@ class Progress:
         """Since the start, of the steps alone."""
         return (done - self._first) * self._tokens_per_step / max(self.seconds() - self._aside, 1e-9)
 
-    def bits_per_byte(self, loss: float) -> float:
-        """`loss` nats per token in bits per UTF-8 byte of the text, which does not depend on the tokenizer."""
-        return loss / math.log(2) / self._bytes_per_token
+    def bits_per_byte(self, loss: float) -> float | None:
+        """`loss` nats per token in bits per UTF-8 byte of the text, which does not depend on the tokenizer; None as `bytes_per_token`."""
+        return None if self._bytes_per_token is None else loss / math.log(2) / self._bytes_per_token
 
     def show(self, done: int, loss: float) -> None:
         left = (self._steps - done) * self.seconds() / (done - self._first)
         speed = f"{self.tokens_per_second(done):,.0f} tokens/s  ETA {clock(left)}"
-        numbers = f"loss {loss:.4f}  {self.bits_per_byte(loss):.3f} bits per byte  {speed}"
-        self._write(done, numbers, stays=done == self._steps)
+        self._write(done, f"loss {self._told(loss)}  {speed}", stays=done == self._steps)
 
     def show_validation(self, done: int, loss: float) -> None:
-        self._write(done, f"validation loss {loss:.4f}  {self.bits_per_byte(loss):.3f} bits per byte", stays=True)
+        self._write(done, f"validation loss {self._told(loss)}", stays=True)
 
     def say(self, done: int, text: str) -> None:
         self._write(done, text, stays=True)
+
+    def _told(self, loss: float) -> str:
+        bits = self.bits_per_byte(loss)
+        return f"{loss:.4f}  " + (f"perplexity {math.exp(min(loss, 700.0)):,.2f}" if bits is None else f"{bits:.3f} bits per byte")
 
     def _write(self, done: int, numbers: str, stays: bool) -> None:
         if not self.speaks:

@@ -8,20 +8,20 @@ from sickbay.core.errors import UsageError
 from sickbay.reference.models import lora, pretrained
 from sickbay.reference.models.config import Config
 from sickbay.reference.models.freeze import freeze
-from sickbay.reference.models.model import Transformer
+from sickbay.reference.models.kinds import DECODER, OF_OBJECTIVE, Model, model_for
 from sickbay.reference.saving import checkpoint
-from sickbay.reference.settings.recipe import Recipe, listed
+from sickbay.reference.settings.recipe import Objective, Recipe, listed
 
 
-def starting_model(config: Config, recipe: Recipe, *, fresh: bool = True) -> Transformer:
-    """A model of shape `config` with the recipe's adapters, its frozen parts frozen. Raises UsageError.
+def starting_model(config: Config, recipe: Recipe, *, fresh: bool = True) -> Model:
+    """A model of shape `config` and the kind that the objective trains, with the recipe's adapters, its frozen parts frozen.
 
-    `fresh`: False = a checkpoint will bring the weights, so that none are read.
+    Raises UsageError. `fresh`: False = a checkpoint will bring the weights, so that none are read.
     """
     if fresh and recipe.from_pretrained is not None:
-        model = trained_model(Path(recipe.from_pretrained), config)
+        model = trained_model(Path(recipe.from_pretrained), config, recipe.objective)
     else:
-        model = Transformer(config)
+        model = model_for(recipe.objective, config)
     if recipe.lora_rank is not None:
         lora.apply(model, recipe.lora_rank, recipe.lora_alpha, listed(recipe.lora_targets))
     if recipe.freeze is not None:
@@ -38,17 +38,22 @@ def shape_of(folder: Path) -> tuple[Config, Path | None]:
     return pretrained.config_of(folder), tokenizer if tokenizer.is_file() else None
 
 
-def trained_model(folder: Path, config: Config) -> Transformer:
-    """The trained model in `folder` with the context and the dropout of `config`. Raises UsageError."""
-    if not _is_ours(folder):
+def trained_model(folder: Path, config: Config, objective: Objective = "next-token") -> Model:
+    """The trained model in `folder` with the context and the dropout of `config`. Raises UsageError, also for another kind of model."""
+    state = checkpoint.read(folder) if _is_ours(folder) else None
+    found, wanted = DECODER if state is None else state.kind, OF_OBJECTIVE[objective]
+    if found != wanted:
+        raise UsageError(f"the model in {folder} is of kind {found}; objective={objective} trains one of kind {wanted}")
+    if state is None:
         return pretrained.load(folder, context=config.context, dropout=config.dropout, pad_id=config.pad_id)[0]
-    state = checkpoint.read(folder)
-    held = checkpoint.load_weights(state, averaged=checkpoint.has_average(state)).state_dict()
-    if state.config.positions == "learned":
-        if config.context > state.config.context:
-            raise UsageError(f"context is {config.context}; {folder} has learned positions up to {state.config.context}")
-        held["position_embedding.weight"] = held["position_embedding.weight"][: config.context]
-    model = Transformer(config)
+    trained = checkpoint.load_model(state, averaged=checkpoint.has_average(state))
+    if state.config.positions == "learned" and config.context > state.config.context:
+        raise UsageError(f"context is {config.context}; {folder} has learned positions up to {state.config.context}")
+    held = {
+        name: weight[: config.context] if name.endswith("position_embedding.weight") else weight
+        for name, weight in trained.state_dict().items()
+    }
+    model = model_for(objective, config)
     model.load_state_dict(held)
     return model
 
