@@ -30,7 +30,7 @@ _SAME = 0.01  # a division leaves the norm's share to rounding
 class Held:
     """What is remembered of one optimizer between its steps, also when the optimizer itself is gone.
 
-    `name`: no other optimizer's. `carried`: share of old gradient found, None until looked;
+    `name`: no other optimizer's. `added`: those of its `backwards` that add to gradients themselves. `carried`: share of old gradient found, None until looked;
     `reached`: some backward gave its parameters a gradient. `parameters`: their ids; `versions`: the sum of how often they were written,
     when they first had a gradient; `moved`: somebody has written to them since. `norm_before`: their own norm when last looked at, and
     `by_hand` how often it was another one; `replaced`: losses now reach new tensors in their stead.
@@ -40,6 +40,7 @@ class Held:
     kind: str = ""
     steps: int = 0
     backwards: int = 0
+    added: int = 0
     all_backwards: int = 0
     reached: bool = False
     norm: float = 0.0
@@ -102,10 +103,11 @@ class Order:
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         self._backwards += 1
         if not self._torch_steps:
-            self._look_for_hand_written_steps(loss)
+            self._look_for_hand_written_steps(loss, kind)
         finite = loss is None or loss.numel() != 1 or loss.device.type != "cpu" or math.isfinite(loss.item())
         for optimizer, held in tuple(self._held.items()):
-            self._look_for_leftovers(optimizer, held, loss)
+            if kind != "grad":  # torch.autograd.grad adds to no gradient: what it gives, the script puts there itself
+                self._look_for_leftovers(optimizer, held, loss)
             held.finite = held.finite and finite
         self._note_what_is_left()
         self._note_micro_batch(loss)
@@ -121,10 +123,10 @@ class Order:
             return
         left = math.hypot(*norms_of(gradients, [])) if gradients else 0.0
         if left == 0.0:
-            if held.backwards and held.steps and len(self._held) == 1:
+            if held.added and held.steps and len(self._held) == 1:
                 note = {"finite_loss": held.finite}
-                self.record.read("dropped_backwards", held.backwards, where=held.name, note=note, source=held.sources[-1])
-            held.backwards, held.cleaned, held.finite = 0, True, True
+                self.record.read("dropped_backwards", held.added, where=held.name, note=note, source=held.sources[-1])
+            held.backwards, held.added, held.cleaned, held.finite = 0, 0, True, True
         elif held.steps and held.carried is None:
             held.carried = left / held.norm if held.norm > 0 else math.inf
 
@@ -136,6 +138,7 @@ class Order:
         line = user_line(4)
         for optimizer, held in tuple(self._held.items()):
             held.backwards += 1
+            held.added += kind != "grad"
             held.all_backwards += 1
             if not held.reached and _has_gradient(optimizer):
                 held.reached, held.parameters, held.versions = True, *_written(optimizer)
@@ -186,7 +189,7 @@ class Order:
     def step_end(self, optimizer: Any) -> None:
         held = self._of(optimizer)
         held.steps += 1
-        held.backwards, held.carried, held.cleaned, held.finite = 0, None, False, True
+        held.backwards, held.added, held.carried, held.cleaned, held.finite = 0, 0, None, False, True
         self._torch_steps += 1
         self._write_weighting(optimizer)
 
@@ -200,7 +203,7 @@ class Order:
         self._skips += skipped
         if skipped:
             for held in self._held.values():
-                held.backwards, held.carried, held.cleaned = 0, None, False
+                held.backwards, held.added, held.carried, held.cleaned = 0, 0, None, False
             self._micro.clear()
             self._kept.clear()
 
@@ -271,7 +274,7 @@ class Order:
         self.record.read("loss_weight_sum", total, note=note, source=held.sources[-1] if held.sources else "")
 
     # --- updates written by hand ----------------------------------------------------------------------------------
-    def _look_for_hand_written_steps(self, loss: Tensor | None) -> None:
+    def _look_for_hand_written_steps(self, loss: Tensor | None, kind: str) -> None:
         """No torch optimizer steps: leaves of the loss' graph whose values moved since the last backward were updated by the script.
 
         It may have changed them in place, or put new ones in their stead.
@@ -290,7 +293,8 @@ class Order:
             gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
             left = math.hypot(*norms_of(gradients, [])) if gradients else 0.0
             source = held.sources[-1] if held.sources else ""
-            self.record.read("carried_gradient", 1.0 if left else 0.0, where="update written by hand", source=source)
+            if kind != "grad" or not left:
+                self.record.read("carried_gradient", 1.0 if left else 0.0, where="update written by hand", source=source)
             held.steps += 1
             self.loop.end_step()
         self._print = now
