@@ -30,10 +30,10 @@ _SAME = 0.01  # a division leaves the norm's share to rounding
 class Held:
     """What is remembered of one optimizer between its steps, also when the optimizer itself is gone.
 
-    `name`: no other optimizer's. `added`: those of its `backwards` that add to gradients themselves. `carried`: share of old gradient found, None until looked;
-    `reached`: some backward gave its parameters a gradient. `parameters`: their ids; `versions`: the sum of how often they were written,
-    when they first had a gradient; `moved`: somebody has written to them since. `norm_before`: their own norm when last looked at, and
-    `by_hand` how often it was another one; `replaced`: losses now reach new tensors in their stead.
+    `name`: no other optimizer's. `added`: those of its `backwards` that add to gradients themselves. `carried`: share of old gradient
+    found, None until looked; `reached`: some backward gave its parameters a gradient. `parameters`: their ids; `versions`: the sum of how
+    often they were written, when they first had a gradient; `moved`: somebody has written to them since. `norm_before`: their own norm
+    when last looked at, and `by_hand` how often it was another one; `replaced`: losses now reach new tensors in their stead.
     """
 
     name: str = ""
