@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sickbay.exams.sequences import Lookup, Observation, distinct, is_position_like
 
 _RUN = 3  # of an id that stands inside rows as well: two in a row at an end are chance among few ids
+_BOUNDED_ROWS = 8  # that agree in where they end: of fewer, sorted digits may do so by chance
 _SEGMENT_NAMES = ("token_type",)
 
 
@@ -136,7 +137,10 @@ def _declared(
 
 
 def _by_statistics(ids: Tensor) -> Padding | None:
-    """An id that fills row ends to different lengths and stands nowhere else; only runs of at least three count."""
+    """An id that fills row ends to different lengths and stands nowhere else.
+
+    Half of the rows must have a run of at least three, or every row's text must begin or end with one and the same id.
+    """
     if ids.shape[0] < 4 or ids.shape[1] < 6:
         return None
     for column, pick in ((-1, 0), (0, 1)):
@@ -144,9 +148,16 @@ def _by_statistics(ids: Tensor) -> Padding | None:
         hit = ids == pad_id
         run = end_runs(hit)[pick]
         lengths = run.sum(1)
-        if torch.equal(run, hit) and int((lengths >= 3).sum()) * 2 >= ids.shape[0] and len(distinct(lengths)) >= 3:
+        often = int((lengths >= 3).sum()) * 2 >= ids.shape[0] or _bounded(ids if column else ids.flip(1), lengths)
+        if torch.equal(run, hit) and often and len(distinct(lengths)) >= 3:
             return Padding(run, pad_id, "the same id filling row ends")
     return None
+
+
+def _bounded(ids: Tensor, lengths: Tensor) -> bool:
+    """True where the last id before the run of `lengths` `(B,)` ending each row of `ids` is the same in all rows, and nowhere else."""
+    last = ids.gather(1, (ids.shape[1] - 1 - lengths)[:, None])
+    return len(ids) >= _BOUNDED_ROWS and bool((last == last[0]).all()) and int((ids == last[0]).sum()) == len(ids)
 
 
 def config_value(module: nn.Module | None, name: str) -> int | None:
