@@ -104,6 +104,29 @@ def test_updates_that_end_in_nan() -> None:
     assert "no longer finite" in finding("learning-rate-too-high", sick).summary
 
 
+def attention(scores: Sequence[float], entropies: Sequence[float]) -> dict[str, Any]:
+    return {
+        "attention_logit_max": tensors("attention_logit_max", {"h.0.attn": scores}),
+        "attention_entropy": tensors("attention_entropy", {"h.0.attn": entropies}),
+    }
+
+
+def test_attention_that_collapses_after_large_first_updates_is_suspected() -> None:
+    large, sharp = updates([2.5, 0.65, 0.32, 0.07]), [0.99, 0.2, 0.02, 0.01]
+    found = finding("learning-rate-too-high", chart(loss=FALLING, **large, **attention([0.1, 40.0, 300.0, 880.0], sharp)))
+    assert (found.certainty, found.severity) == ("suspected", "warning")
+    assert "attention scores grew from 0.1 to 880" in found.summary and "h.0.attn" in found.summary
+    for why, healthy in {
+        "ordinary updates": {**updates([0.05] * 4), **attention([0.1, 40.0, 300.0, 880.0], sharp)},
+        "a sharp head of ordinary scores": {**large, **attention([0.1, 10.0, 60.0, 100.0], sharp)},
+        "large scores of a head that looks around": {**large, **attention([0.1, 40.0, 300.0, 880.0], [0.99, 0.8, 0.7, 0.6])},
+        "scores that were large from the start": {**large, **attention([150.0, 200.0, 600.0, 880.0], sharp)},
+        "scores that came to rest": {**large, **attention([0.1, 200.0, 210.0, 220.0], sharp)},
+        "too few looks": {**large, **attention([0.1, 40.0, 300.0], sharp[:3])},
+    }.items():
+        assert verdict("learning-rate-too-high", chart(loss=FALLING, **healthy)) is None, why
+
+
 def test_stuck_at_a_uniform_guess_after_large_first_updates_is_suspected() -> None:
     stuck = [3.6, 3.8, 3.7, *wobble(97, 3.47, 0.01)]
     chance = [Reading(0, "chance_loss", math.log(32), note={"classes": 32})]

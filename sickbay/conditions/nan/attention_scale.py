@@ -98,6 +98,7 @@ condition = Condition(
     diagnose=diagnose,
     prescribes=("scale-attention",),
     leads_to=(
+        "learning-rate-too-high",
         "attention-logit-growth",
         "softmax-overflow",
         "half-precision-overflow",

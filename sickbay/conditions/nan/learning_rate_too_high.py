@@ -41,10 +41,12 @@ LOSS_RISE = Threshold(1.2, "x loss before", source=_CALIBRATED)
 RUINOUS_RISE = Threshold(2.0, "x loss before", source=_CALIBRATED)
 AT_CHANCE = Threshold(0.03, "share of chance loss", source="three times the step-to-step noise of a run stuck at a uniform guess")
 STUCK_STEPS = Threshold(50, "steps", source="healthy runs of such update ratios leave the uniform guess within 30 steps")
+LARGE_SCORE = Threshold(100.0, "score", source="Kimi K2 report 2025: QK-clip's threshold")
+ONE_HOT = Threshold(0.05, "share of ln n", source="Zhai et al. 2023: entropy collapse, heads near one-hot")
 HUGE_GRADIENT = Threshold(100.0, "L2 norm", source="audit limit for a global gradient norm; here only: whose fault is the update's size")
 ZERO_WEIGHT = Threshold(1e-3, "L2 norm", source="a tensor that starts at zero has no relative update: LoRA's B, zero-initialised outputs")
 NOT_MATRICES = ("bias", "norm.weight", "ln.weight", "ln_f.weight", "ln_1.weight", "ln_2.weight")
-FIRST, END = 3, 10  # readings that make up the start, and the end
+FIRST, END, LOOKS = 3, 10, 4  # readings that make up the start, and the end; looks at attention that show a growth
 FOLLOWS = (0.5, 10.5)  # x learning rate times gradient: 1 for SGD, up to 10 with momentum 0.9; Adam's depends on the tensor's size
 
 
@@ -53,6 +55,7 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     large = [reading for reading in typical if reading.value > LARGE_UPDATE]
     if len(large) >= 2 and not _gradient_is_to_blame(chart):
         harm, certainty = _harm(chart, large[0].step)
+        harm, certainty = (harm, certainty) if harm else (_collapsed(chart), "suspected")
         limit, seen = LARGE_UPDATE, large
     else:
         early = [reading for reading in typical[:FIRST] if reading.value > EARLY_UPDATE]
@@ -110,6 +113,18 @@ def _stuck(chart: Chart) -> str:
     return ""
 
 
+def _collapsed(chart: Chart) -> str:
+    """The head whose scores ran away from ordinary ones until it sees one position, in words; empty if there is none."""
+    for place in chart["attention_logit_max"].places():
+        scores, sharp = chart["attention_logit_max"].at(place).finite().values, chart["attention_entropy"].at(place).finite().values
+        grown = len(scores) >= LOOKS and scores[0] < LARGE_SCORE and scores[-1] > max(LARGE_SCORE, 2 * max(scores[: len(scores) // 2]))
+        if grown and sharp and sharp[-1] < ONE_HOT < sharp[0]:
+            return (
+                f"attention scores grew from {number(scores[0])} to {number(scores[-1])}, entropy {number(sharp[-1])} of uniform ({place})"
+            )
+    return ""
+
+
 def _gradient_is_to_blame(chart: Chart) -> bool:
     """True where gradients are huge from the first step and the updates are learning rate times gradient, unclipped."""
     first = [r.value for r in chart["grad_norm"] if math.isfinite(r.value)][:FIRST]
@@ -136,7 +151,10 @@ condition = Condition(
     id="learning-rate-too-high",
     symptom="updates are too large a share of the weights, and the loss rises or never falls",
     needs=("update_ratio", "loss"),
-    uses=("grad_norm", "param_grad_norm", "weight_norm", "learning_rate", "clip_norm", "chance_loss"),
+    uses=(
+        *("grad_norm", "param_grad_norm", "weight_norm", "learning_rate", "clip_norm", "chance_loss"),
+        *("attention_logit_max", "attention_entropy"),
+    ),
     diagnose=diagnose,
     prescribes=("lower-learning-rate",),
     leads_to=(
