@@ -25,6 +25,8 @@ import results
 SHORTENED = {
     "tiny": (("--steps", "250"), "250 of 2,000 steps"),
     "best": (("--steps", "250"), "250 of 1,150 steps"),
+    "encoder": (("--steps", "250"), "250 of 2,000 steps"),
+    "seq2seq": (("--steps", "250"), "250 of 2,000 steps"),
     "small": (("--steps", "40", "--batch", "2"), "40 of 5,000 steps of 2 rows, not 64"),
     "base": (("--steps", "20", "--batch", "2"), "20 of 20,000 steps of 2 rows, not 32"),
     "gpt2": (

@@ -27,7 +27,7 @@ from sickbay.reference.training.progress import Progress
 CONFIGS = {
     "shared-heads": Config(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, context=8, qk_norm=True, activation="swiglu"),
     "biased": Config(dim=16, num_layers=2, num_heads=2, context=8, bias=True, tied_embeddings=False, norm="layernorm", pad_id=1),
-    "plain": Config(dim=16, num_layers=2, num_heads=2, context=16, bias=True, norm_place="post"),
+    "plain": Config(dim=16, num_layers=2, num_heads=2, context=24, bias=True, norm_place="post"),
 }
 # (configuration, optimizer, objective)
 CASES: tuple[tuple[str, OptimizerKind, Objective], ...] = (
