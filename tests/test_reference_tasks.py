@@ -21,6 +21,7 @@ from sickbay.cli import train as train_command
 from sickbay.core.errors import UsageError
 from sickbay.reference import data
 from sickbay.reference.data.pairs import Pairs, Translation
+from sickbay.reference.data.sources import Text
 from sickbay.reference.data.tasks import Task, objective_of, task_of
 from sickbay.reference.evaluation.evaluation import evaluate
 from sickbay.reference.evaluation.guesses import counts, guesses
@@ -29,6 +30,7 @@ from sickbay.reference.models.kinds import OF_OBJECTIVE, kind_of, model_for
 from sickbay.reference.saving import checkpoint
 from sickbay.reference.settings.recipe import Objective, Recipe
 from sickbay.reference.text.marked import Marked
+from sickbay.reference.text.prune_checkpoint import prune_checkpoint
 from sickbay.reference.text.tokenizer import CharTokenizer
 
 SMALL = ("--layers", "1", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "4", "--warmup", "2", "--dropout", "0.1")
@@ -287,6 +289,22 @@ def test_a_source_is_answered(tmp_path: Path, text: Path, pairs: Path, capsys: p
 def test_an_encoder_that_is_to_write_is_refused_in_one_line(tmp_path: Path, text: Path, pairs: Path) -> None:
     run = trained("masked-token", tmp_path / "run", text, pairs)
     assert refusal(generate_command, run).endswith("holds an encoder, which fills in masked tokens and writes no text; a decoder does")
+
+
+@pytest.mark.parametrize("objective", ["masked-token", "span-corruption"])
+def test_a_smaller_vocabulary_keeps_masks_and_sentinels(objective: str, tmp_path: Path, text: Path, pairs: Path) -> None:
+    trained(objective, tmp_path / "run", text, pairs, "--tokenizer", "bpe", "--bpe-vocab", "300")
+    old = checkpoint.read(tmp_path / "run")
+    prune_checkpoint(tmp_path / "run", Text.at([text]), tmp_path / "less", keep=280)
+    new = checkpoint.read(tmp_path / "less")
+    extra = old.config.vocab_size - old.tokenizer.vocab_size
+    assert extra in (1, 3) and new.config.vocab_size == 280 + extra
+    kept = torch.tensor(json.loads((new.folder / "kept_ids.json").read_text()))
+    assert kept[-extra:].tolist() == list(range(old.tokenizer.vocab_size, old.config.vocab_size))
+    ids = torch.arange(270, 280 + extra)[None]
+    inputs = 1 if objective == "masked-token" else 2
+    was, now = (checkpoint.load_model(state).eval() for state in (old, new))
+    torch.testing.assert_close(now(*[ids] * inputs), was(*[kept[ids]] * inputs)[..., kept], rtol=1e-5, atol=1e-6)
 
 
 def test_marks_stand_for_the_ids_after_the_tokenizers() -> None:

@@ -10,17 +10,20 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sickbay.reference.data.sources import Text
+from sickbay.reference.data.tasks import objective_of
 from sickbay.reference.saving import checkpoint, durable, shards
+from sickbay.reference.settings.recipe import Recipe
 from sickbay.reference.text.prune import Pruned, prune
 from sickbay.reference.text.tokenizer import Tokenizer, load
 from sickbay.reference.text.vocab import EMBEDDINGS, Counts, count_ids, headers, row_tensors
@@ -72,13 +75,17 @@ def prune_checkpoint(folder: Path, text: Text, out: Path, keep: int | None = Non
         state = checkpoint.read(folder)
         old, new, old_rows = state.folder, _prune_own(state, out, choose), state.config.vocab_size
     pruned = made[0]
+    rows = len(json.loads((new / KEPT).read_text(encoding="utf-8")))
     sizes = [sum(torch.Size(shape).numel() for shape in headers(place)[0].values()) for place in (old, new)]
-    return Result(str(new), old_rows, len(pruned.kept), counted[0].tokens, count_ids(text, pruned.tokenizer).tokens, sizes[0], sizes[1])
+    return Result(str(new), old_rows, rows, counted[0].tokens, count_ids(text, pruned.tokenizer).tokens, sizes[0], sizes[1])
 
 
 def _prune_own(state: checkpoint.State, out: Path, choose: Choose) -> Path:
     pad = state.config.pad_id
     pruned = choose(state.tokenizer, set() if pad is None else {pad})
+    ids, more = state.tokenizer.vocab_size, objective_of(Recipe(**state.recipe), state.config, state.tokenizer).extra_ids
+    # Masks and sentinels stand after the tokenizer's ids, and do so again.
+    pruned = replace(pruned, kept=np.append(pruned.kept, np.arange(ids, ids + more)))
     held = durable.read(state.folder)
     target = out / state.folder.name
     with _made_whole(target) as partial:
