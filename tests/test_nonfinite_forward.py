@@ -231,3 +231,17 @@ def test_division_by_an_empty_mask() -> None:
     finding = found(step.backward((losses * mask).sum() / mask.sum()))
     assert finding.note["op"] == "div"
     assert next(fact for fact in finding.note["operands"] if fact["name"] == "other")["zeros"] == 1
+
+
+class KeepsNone(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        keep = 1.0 - 1.0
+        return x / keep * (torch.rand(x.shape[0], 1) < keep)  # mark: zero number
+
+
+def test_division_by_a_number(tmp_path: Path) -> None:
+    step = Step(tmp_path)
+    logits = step.forward(Classifier(KeepsNone()), torch.randn(5, 4))
+    finding = found(step.backward(step.cross_entropy(logits, torch.zeros(5, dtype=torch.long))))
+    assert (finding.note["op"], finding.source) == ("div", line_with("mark: zero number", __file__))
+    assert [operand["zeros"] for operand in finding.note["operands"]] == [0, 1]

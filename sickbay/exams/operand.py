@@ -13,6 +13,7 @@ from torch import Tensor
 MASK_SHARE_OF_MINIMUM = 0.5
 LARGEST_MASK = -1e30
 
+_DIVISIONS = ("aten::div", "aten::div_", "aten::remainder", "aten::fmod")
 _FAMILIAR = {
     "_softmax": "softmax",
     "_log_softmax": "log_softmax",
@@ -138,12 +139,14 @@ def flat(value: Any) -> Iterator[Any]:
 
 
 def named_operands(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """The tensors among an operation's arguments, each with its name in the schema (a list's items numbered)."""
+    """The tensors among an operation's arguments, each with its name in the schema (a list's items numbered); a number that divides too."""
     names = [argument.name for argument in schema.arguments]
     named: list[tuple[str, Tensor]] = []
     for name, value in [*zip(names, args), *kwargs.items()]:
         if isinstance(value, Tensor):
             named.append((name, value))
+        elif name == "other" and isinstance(value, (int, float)) and schema.name in _DIVISIONS:
+            named.append((name, torch.tensor(float(value))))
         elif isinstance(value, (list, tuple)):
             named.extend((f"{name}[{index}]", item) for index, item in enumerate(value) if isinstance(item, Tensor))
     return named
