@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from exam_models import Answers, answers, padded, patient_of
+from torch import Tensor, nn
 
 from sickbay.exams.padding import find_padding
 from sickbay.exams.sequences import Lookup, Observation
@@ -42,3 +44,45 @@ def test_short_runs_after_letters_may_be_letters() -> None:
 def test_sorted_digits_are_no_padding() -> None:
     torch.manual_seed(0)
     assert all(padding_of(torch.randint(10, (16, 12)).sort(1).values) is None for _ in range(50))
+
+
+class Reader(nn.Module):
+    """A padded text's class by one convolution and a maximum, or from the state after the last position."""
+
+    def __init__(self, recurrent: bool) -> None:
+        super().__init__()
+        self.tokens, self.leave = nn.Embedding(31, 16, padding_idx=0), nn.Linear(16, 3)
+        self.mix: nn.Module = nn.GRU(16, 16, batch_first=True) if recurrent else nn.Conv1d(16, 16, 3, padding=1)
+        self.recurrent, self.drop = recurrent, nn.Dropout(0.2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        last: Tensor = self.mix(x)[0][:, -1] if self.recurrent else F.relu(self.mix(x.mT)).amax(-1)
+        return self.leave(self.drop(last))
+
+
+def classified(model: nn.Module) -> Answers:
+    torch.manual_seed(0)
+    ids, _ = padded(rows=12)
+    patient, logits = patient_of(model, ids)
+    return answers(patient, F.cross_entropy(logits, torch.randint(3, (12,))))
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_what_stands_in_the_padding_and_how_far_it_goes_are_two_things(recurrent: bool) -> None:
+    torch.manual_seed(0)
+    found = classified(Reader(recurrent))
+    assert found["padding_influence"] > 0.01
+    assert (found.note("padding_influence")["cut"] < 0.1) is not recurrent
+
+
+class WrongWayRound(Reader):
+    def forward(self, ids: Tensor) -> Tensor:
+        void = (ids == 0)[..., None]
+        places = torch.linspace(0, 1, ids.shape[1])[:, None]
+        return self.leave((self.tokens(ids) + places).mul(void).sum(1) / void.sum(1).clamp(min=1))
+
+
+def test_a_mask_the_wrong_way_round_sees_padding_only() -> None:
+    torch.manual_seed(0)
+    assert classified(WrongWayRound(False))["padding_influence"] > 100

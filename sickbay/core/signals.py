@@ -75,7 +75,7 @@ _ROWS = (
     # --- active questions -------------------------------------------------------------------------------------------
     Signal("future_influence", "ratio", "module", "change of counted outputs before a perturbed position over the change at and after it; note: position, affected", "the loss does not ask for next-token prediction"),
     Signal("past_blocked", "share of pairs", "module", "share of earlier positions whose perturbation leaves a later output unchanged; note: pairs, span", "the loss does not ask for next-token prediction"),
-    Signal("padding_influence", "ratio", "module", "change of real positions' outputs when padding is perturbed, over the change when real tokens are; note: pad_id, known_by", "no padding was seen"),
+    Signal("padding_influence", "ratio", "module", "change of real positions' outputs when padding is perturbed, over the change when real tokens are; note: pad_id, known_by, cut (the same when padding is cut off, without attention; None if it cannot be)", "no padding was seen"),
     Signal("packing_influence", "ratio", "module", "change of a packed document's outputs when its neighbour is perturbed, over its own change; note: boundaries, known_by", "no packed documents were seen"),
     Signal("row_influence", "ratio", "module", "change of other batch rows' outputs when one row is perturbed, over that row's own change", "batches of one row only"),
     Signal("activation_rms", "RMS", "module", "RMS of a block's output; note: depth, blocks", "activations were not sampled"),

@@ -13,6 +13,7 @@ from sickbay.exams.sequences import Rerun
 
 SETTLED_STEP = 5  # by then an output projection that began at zero has moved
 WORTH_LOCATING = 1e-5
+MOST = 1e3  # the ratio where only padding is seen: its mask is the wrong way round
 AFFECTED = 1e-4  # share of the own change from which a position counts as affected
 
 
@@ -174,7 +175,7 @@ def past(view: View) -> Past | None:
 
 
 def padding_influence(view: View, tokens: Tokens, main: bool) -> tuple[float, Tensor, Tensor] | None:
-    """(ratio, changed, kept: bool `(B, T)`) of changing padding over changing real tokens; None if nothing can be told."""
+    """(ratio, changed, kept: bool `(B, T)`) of changing padding over changing real tokens, MOST at most; None if nothing moves."""
     asked = view.counted & view.real if view.per_position else torch.ones_like(view.counted)
     even = even_rows(tokens.ids.shape[0])
     if not bool((tokens.padding & even).any()):
@@ -184,9 +185,9 @@ def padding_influence(view: View, tokens: Tokens, main: bool) -> tuple[float, Te
         return None
     moved = _mean(view.effect(tokens, padded & tokens.padding), padded & asked)
     own = _mean(view.effect(tokens, padded & ~tokens.padding), padded & asked)
-    if own == 0.0:
+    if own == 0.0 and moved == 0.0:
         return None
-    return moved / own, padded & tokens.padding, padded & ~tokens.padding
+    return moved / max(own, moved / MOST), padded & tokens.padding, padded & ~tokens.padding
 
 
 def packing_influence(view: View) -> tuple[float, Tensor, Tensor, int] | None:

@@ -19,6 +19,7 @@ from sickbay.exams.sensitivity import Graph, graph_of
 from sickbay.exams.sensitivity import mixing as gradient_mixing
 from sickbay.exams.sensitivity import padding as padding_sensitivity
 from sickbay.exams.sequences import Lookup, Observation, Rerun, layout_of, observe, token_lookups
+from sickbay.exams.shortening import cut_influence
 from sickbay.exams.targets import Alignment, Targets, align, fit, from_call, from_graph, graded
 from sickbay.patient import ForwardCall, Patient
 
@@ -324,7 +325,10 @@ class Examination:
             return
         value, where, kept = found
         place = view.place(tokens, where, kept, value)
-        self._add("padding_influence", value, place, pad_id=padding.pad_id, known_by=padding.known_by)
+        note: dict[str, Any] = {"pad_id": padding.pad_id, "known_by": padding.known_by}
+        if value > 0 and not any(view.attention):  # attention that is not masked weighs padding; others may only look at how far it goes
+            note["cut"] = cut_influence(view.again, view.readout, tokens)
+        self._add("padding_influence", value, place, **note)
 
     def _packing(self, view: View, known_by: str) -> None:
         found = packing_influence(view) if known_by else None
