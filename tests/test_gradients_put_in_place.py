@@ -58,3 +58,17 @@ def test_backward_after_a_penalty_is_still_looked_at(tmp_path: Path, zeroes: boo
     chart = doctor.chart()
     assert chart["carried_gradient"].values and all(value == pytest.approx(carried) for value in chart["carried_gradient"].values)
     assert not len(chart["dropped_backwards"])
+
+
+def test_calls_one_by_one_are_timed_where_no_backward_is_called(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(9):
+            inputs, targets = torch.randn(12, 4), torch.randint(0, 3, (12,))
+            loss = nn.functional.cross_entropy(torch.cat([model(row[None]) for row in inputs]), targets)
+            for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
+                parameter.grad = gradient
+            optimizer.step()
+    assert [reading.value for reading in doctor.chart()["single_forwards"]] == [12.0]

@@ -53,6 +53,7 @@ class Speed:
         self._steps: list[float] = []  # processor seconds of forwards and backwards, for each step
         self._compute = 0.0
         self._nodes, self._first_node = 0, -1
+        self._by_backward = False
         self._singles = Singles()
         self._single_steps: list[tuple[int, bool, str, list[int]]] = []
 
@@ -71,7 +72,10 @@ class Speed:
         if loss is not None and loss.grad_fn is not None:
             number = loss.grad_fn._sequence_nr()
             self._nodes, self._first_node = (number - self._first_node if self._first_node >= 0 else 0), number
-        if not self._settled and kind == "backward" and self._asked < len(_AT) and self.record.step >= _AT[self._asked]:
+        self._by_backward = self._by_backward or kind == "backward"
+        # torch.autograd.grad stands for the step's backward where there is no other; elsewhere it is a part of a loss.
+        whole = kind == "backward" or (kind == "grad" and not self._by_backward)
+        if not self._settled and whole and self._asked < len(_AT) and self.record.step >= _AT[self._asked]:
             self._consider()
         self._stamp = time.thread_time()
 
