@@ -12,7 +12,6 @@ Translation pairs are in pairs.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -157,24 +156,30 @@ class SpanCorruption:
 
     def _corrupt(self, row: Ids, random: np.random.Generator) -> tuple[Ids, Ids]:
         hidden, spans = self.cut(len(row))
-        source: list[Any] = []
-        target: list[Any] = []
+        ids: list[int] = row.tolist()
+        source: list[int] = []
+        target: list[int] = []
         begin = 0
-        for span, (kept, cut) in enumerate(zip(segments(len(row) - hidden, spans, random), segments(hidden, spans, random))):
+        lengths = zip(segments(len(row) - hidden, spans, random).tolist(), segments(hidden, spans, random).tolist())
+        for span, (kept, cut) in enumerate(lengths):
             middle, end = begin + kept, begin + kept + cut
-            source += [*row[begin:middle], self.sentinel(span)]
-            target += [self.sentinel(span), *row[middle:end]]
+            source += [*ids[begin:middle], self.sentinel(span)]
+            target += [self.sentinel(span), *ids[middle:end]]
             begin = end
         return np.array(source), np.array([*target, self.sentinel(spans)])
 
 
 def segments(items: int, count: int, random: np.random.Generator) -> Ids:
     """`count` positive numbers `(count,)` whose sum is `items`, every such list equally likely."""
-    ends = np.sort(random.choice(items - 1, size=count - 1, replace=False)) + 1
-    return np.diff(np.concatenate(([0], ends, [items])))
+    borders = np.empty(count + 1, dtype=np.int64)
+    borders[0], borders[-1] = 0, items
+    borders[1:-1] = np.sort(random.permutation(items - 1)[: count - 1]) + 1
+    return borders[1:] - borders[:-1]
 
 
 def stack(rows: list[Ids] | tuple[Ids, ...], fill: int) -> Tensor:
     """`(B, longest)` int64, shorter rows filled up on the right."""
-    longest = max(len(row) for row in rows)
-    return torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row)), constant_values=fill) for row in rows]).astype(np.int64))
+    stacked = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for place, row in zip(stacked, rows):
+        place[: len(row)] = row
+    return torch.from_numpy(stacked)
