@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sickbay
 from sickbay.core.independence import dependence_z
 from sickbay.core.reader import load_chart
 from sickbay.core.record import RecordWriter
@@ -96,6 +97,23 @@ def test_positions_of_a_single_row_are_no_rows(tmp_path: Path) -> None:
     chart = load_chart(tmp_path)
     assert not chart.facts["problems"]
     assert not len(chart["pairing_gain"]) and not len(chart["input_conflicts"])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_targets_of_a_batch_are_not_those_of_one_of_its_rows(tmp_path: Path, together: bool) -> None:
+    """Answers that are yes or no, and rows that are given to the model all at once or one by one."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        for _ in range(8):
+            x = torch.randn(12, 6)
+            scores = model(x) if together else torch.cat([model(row[None]) for row in x])
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(scores.squeeze(-1), (x[:, 0] > 0).float()).backward()
+            optimizer.step()
+    seen = doctor.chart()["input_conflicts"]
+    assert [(reading.note["inputs"], reading.note["repeats"]) for reading in seen] == ([(96, 0)] if together else [])
 
 
 def test_rows_of_equal_input_have_equal_marks_whichever_way_they_lie() -> None:

@@ -130,10 +130,11 @@ class Pairing:
         if call.targets.device.type != "cpu" or call.reduction not in ("mean", "sum") or not call.targets.numel() or not inputs:
             return None
         count = call.targets.shape[0]
-        if call.classifies and call.targets.dim() == 1 and not any(_has_rows(tensor, count) for tensor in inputs):
-            sizes = [tensor.shape[0] for tensor in inputs if tensor.dim() > 1 and count % tensor.shape[0] == 0]
+        if not any(_has_rows(tensor, count) for tensor in inputs):
+            flat = call.classifies and call.targets.dim() == 1
+            sizes = [tensor.shape[0] for tensor in inputs if flat and tensor.dim() > 1 and count % tensor.shape[0] == 0]
             if not sizes:
-                return None
+                return None  # the model is called on one row at a time, or on rows that targets have no share of each
             count = sizes[0]
         if count < _FEWEST_ROWS:
             return None
