@@ -1,28 +1,28 @@
-"""What watching costs: the same training loop with plain Python and with `sickbay run`, default settings, one after the other by turns.
+"""What watching costs: the same training loop with plain Python and with `sickbay run`, default settings, taking turns of a few steps.
 
     python bench/overhead.py                    all shapes, 5 pairs each
     python bench/overhead.py --shapes tiny --pairs 1 --steps 40
     python bench/overhead.py --write            also puts the table into RESULTS.md
 
-Each run is a process of its own, so nothing of the watch is left in the bare one. The order within a pair alternates,
-and ratios are taken within pairs, so that a machine that grows slower or faster does not count.
+The two of a pair are processes of their own, so nothing of the watch is in the bare one. They take turns of half a second or so,
+and ratios are taken within pairs, so that a machine that grows slower or faster does so for both.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from turns import Player, Requests
+
+_TURN = 0.5  # seconds of a turn, about
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """Seconds of each step, and the most memory the process held, in MiB."""
 
@@ -61,10 +61,8 @@ class Run:
         return statistics.fmean(self.seconds[settled:])
 
 
-def train(shape: Shape, steps: int, out: Path) -> None:
-    """A plain training loop on the shipped text; its step times stand in `out`."""
-    import itertools
-
+def training_step(shape: Shape) -> Callable[[], None]:
+    """One step of a plain training loop on the shipped text."""
     import torch
     from torch.nn import functional
 
@@ -77,39 +75,60 @@ def train(shape: Shape, steps: int, out: Path) -> None:
     torch.manual_seed(0)
     model = Transformer(Config(dim=shape.dim, num_layers=shape.num_layers, num_heads=shape.num_heads, context=shape.context))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    batches = data.random_batches(shipped_corpus().numpy(), shape.context, shape.batch_size, seed=0)
-    seconds = []
-    for ids, targets in itertools.islice(batches, steps):
-        began = time.perf_counter()
+    batches = iter(data.random_batches(shipped_corpus().numpy(), shape.context, shape.batch_size, seed=0))
+
+    def step() -> None:
+        ids, targets = next(batches)
         loss = functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         loss.item()
-        seconds.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    out.write_text(json.dumps({"seconds": seconds, "peak": peak}), encoding="utf-8")
+
+    return step
 
 
-def measure(name: str, steps: int, watched: bool) -> Run:
-    """One run in a process of its own. Raises CalledProcessError with what it printed."""
+def train(shape: Shape) -> None:
+    """Answers every request for steps with the seconds of each, and the most memory held so far in MiB."""
+    requests = Requests()
+    step = training_step(shape)
+    for request in requests:
+        seconds = []
+        for _ in range(request["steps"]):
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        requests.answer({"seconds": seconds, "peak": peak})
+
+
+def pair(name: str, steps: int) -> tuple[Run, Run]:
+    """The same training bare and watched, by turns; who comes first alternates. Raises RuntimeError where one of them dies."""
+    script, arguments, alone = Path(__file__).resolve(), ("--child", name), {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "times.json"
-        script = [str(Path(__file__).resolve()), "--child", name, "--steps", str(steps), "--out", str(out)]
-        before = [sys.executable, "-m", "sickbay", "run", "--out", str(Path(folder) / "run")] if watched else [sys.executable]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run([*before, *script], env=environment, check=True, capture_output=True)
-        return Run(**json.loads(out.read_text(encoding="utf-8")))
+        under = ("-m", "sickbay", "run", "--out", str(Path(folder) / "run"))
+        with (
+            Player("the bare run", script, *arguments, environment=alone) as bare,
+            Player("the watched run", script, *arguments, under=under, environment=alone) as watched,
+        ):
+            runs, turn = (Run([], 0.0), Run([], 0.0)), 1
+            while len(runs[0].seconds) < steps:
+                order = ((bare, runs[0]), (watched, runs[1]))
+                turn = min(turn, steps - len(runs[0].seconds))
+                for player, run in order if len(runs[0].seconds) // turn % 2 else order[::-1]:
+                    answer = player.ask(steps=turn)
+                    run.seconds.extend(answer["seconds"])
+                    run.peak = answer["peak"]
+                turn = max(1, round(_TURN / statistics.median(runs[0].seconds)))
+            return runs
 
 
 def pairs(name: str, steps: int, count: int) -> list[tuple[Run, Run]]:
-    """`count` pairs (bare, watched), the order within a pair alternating."""
+    """`count` pairs (bare, watched)."""
     found = []
     for number in range(count):
-        order = (False, True) if number % 2 == 0 else (True, False)
-        runs = {watched: measure(name, steps, watched) for watched in order}
-        found.append((runs[False], runs[True]))
+        found.append(pair(name, steps))
         bare, watched = found[-1]
         print(
             f"{name} pair {number + 1}: {sum(bare.seconds):.1f} s bare, {sum(watched.seconds):.1f} s watched", file=sys.stderr, flush=True
@@ -152,7 +171,7 @@ HEADING = [
 def main() -> None:
     args = arguments()
     if args.child:
-        train(SHAPES[args.child], args.steps, args.out)
+        train(SHAPES[args.child])
         return
     import results
 
@@ -161,8 +180,8 @@ def main() -> None:
         steps = args.steps or SHAPES[name].steps
         rows.append(row(name, SHAPES[name], pairs(name, steps, args.pairs)))
     text = (
-        f"Watched against bare, {args.pairs} pairs of processes each, one thread; the median of the pairs' ratios, in brackets the least "
-        f"and the greatest.\n\n{results.table(HEADING, rows)}\n\n{results.conditions()}"
+        f"Watched against bare, {args.pairs} pairs of processes each, one thread, taking turns of {_TURN} s; the median of the pairs' "
+        f"ratios, in brackets the least and the greatest.\n\n{results.table(HEADING, rows)}\n\n{results.conditions()}"
     )
     print(text)
     if args.write:
@@ -176,7 +195,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="of each run (0 = the shape's own)")
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     parser.add_argument("--child", choices=SHAPES, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,10 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 class Player:
     """A child process. Where it dies its last words are the error."""
 
-    def __init__(self, name: str, script: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, script: Path, *arguments: str, under: Sequence[str] = (), environment: dict[str, str] | None = None
+    ) -> None:
+        """`python *under script *arguments` has been started."""
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
+            [sys.executable, *under, str(script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(environment or {})},

@@ -20,9 +20,10 @@ from sickbay.exams import internals, masks, missing_gradient, nonfinite
 from sickbay.exams.asking import Asking
 from sickbay.exams.fork import NoAnswer, can_fork
 from sickbay.exams.nonfinite import Finding
+from sickbay.exams.padding import declared_ids, may_hold_padding
 from sickbay.exams.stretch import Stretch
 from sickbay.exams.ungraded import Ungraded
-from sickbay.patient import Patient, is_user_file
+from sickbay.patient import Patient, bare, is_user_file, tensors_in
 from sickbay.probes import loss_lines
 from sickbay.probes.gradients import clean, parameter_names
 from sickbay.probes.loop import Loop
@@ -48,7 +49,9 @@ _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
 _CHEAP = 0.15  # seconds of processor time: a question this cheap may be asked a few times early, so that short runs are looked at as well
 _CHEAP_QUESTIONS = 4
+_PADDING_WITHIN = 200  # forwards in which a model that has seen no padding yet is watched for it
 _NO_HISTORY = "does not require grad and does not have a grad_fn"
+_STRETCH = ("forward_begin", "forward_end", "backward_asked", "backward_end")  # where what is between model and backward begins and ends
 _TRACES = 2  # non-finite values traced before the rest is left alone
 
 
@@ -56,7 +59,7 @@ _TRACES = 2  # non-finite values traced before the rest is left alone
 class Asked:
     """What one model has been asked so far: how many forwards it made, how often each question was put, which signals have an answer.
 
-    `masks_cost`, `internals_cost`: seconds of the dearest so far.
+    `masks_cost`, `internals_cost`: seconds of the dearest so far. `pads`: ids that the model calls padding, None until it was asked.
     """
 
     forwards: int = 0
@@ -64,6 +67,7 @@ class Asked:
     internals: int = 0
     masks_cost: float = 0.0
     internals_cost: float = 0.0
+    pads: frozenset[int] | None = None
     settled: set[str] = field(default_factory=set)
 
 
@@ -138,7 +142,11 @@ class Examiner:
     def round_end(self, step: int) -> None:
         self._stretch.forget()
         self._ungraded.forget()
+        learning = self._lines.learning
         self._lines.end_step()
+        if learning and not self._lines.learning:
+            for event in _STRETCH:
+                self.loop.off(event, self)
         self.patient.functional = None
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -155,11 +163,26 @@ class Examiner:
             asked.masks_cost = max(asked.masks_cost, self.asking.cost)
             if {"target_offset", "row_influence"} <= asked.settled:
                 asked.masks = max(asked.masks, _MASKS_AT.index(20))
+        elif self._masks and asked.masks and forwards < _PADDING_WITHIN and self._padding_came(asked):
+            self._write(asked, masks.SIGNALS, lambda: masks.examine(self.patient, loss, self.record.step))
         due = self._internals and asked.internals < len(_INTERNALS_AT) and forwards >= _INTERNALS_AT[asked.internals]
         if due and self._due(asked, forwards, asked.internals_cost):
             asked.internals += 1
             self._write(asked, internals.SIGNALS, lambda: internals.examine(self.patient, self.record.step))
             asked.internals_cost = max(asked.internals_cost, self.asking.cost)
+
+    def _padding_came(self, asked: Asked) -> bool:
+        """True once: in the first batch with padding, where those that were looked at had none, as in batches of equal length."""
+        calls = self.patient.training_calls()
+        if not calls or asked.pads == frozenset() or "padding_influence" in asked.settled:
+            return False
+        call = calls[-1]
+        if asked.pads is None:
+            asked.pads = declared_ids(bare(call.module))
+        if not may_hold_padding([tensor for _, tensor in tensors_in((call.args, call.kwargs))], asked.pads):
+            return False
+        asked.pads = frozenset()
+        return asked.masks_cost < _CHEAP or self.asking.affordable()
 
     def _due(self, asked: Asked, forwards: int, cost: float) -> bool:
         """The first questions are asked in any case, cheap ones a few times more; then the purse decides."""
@@ -194,7 +217,7 @@ class Examiner:
         self._traced_step = self.record.step
         self._traces += 1
         if what == "loss":
-            self._lines.again()  # should the next loss be NaN too, its lines and what has no gradient are known
+            self._learn_lines_again()
         answer = self.asking.ask(lambda: nonfinite.locate(self.patient, what, loss, self._stretch, self.folder, ungraded=self._ungraded))
         if isinstance(answer, NoAnswer):
             self.record.unobserved("first_nonfinite", answer.reason)
@@ -208,6 +231,13 @@ class Examiner:
                 step = self.record.step - 1
                 self.record.read("first_nonfinite", update.value, where=update.where, note=update.note, source=update.source, step=step)
             self.record.read("first_nonfinite", answer.value, where=answer.where, note=answer.note, source=answer.source)
+
+    def _learn_lines_again(self) -> None:
+        """Should the next loss be NaN too, its lines and what has no gradient are known."""
+        self._lines.again()
+        for event in _STRETCH:
+            self.loop.off(event, self)
+            self.loop.on(event, self, getattr(self, event))
 
     def _update_that_broke(self) -> Finding | None:
         """The optimizer's state that made a weight non-finite although its gradient was finite; None if it was not the update."""
@@ -277,19 +307,7 @@ def attach(
         return lambda: None
     asking = Asking(patient, loop.note_problem)
     examiner = Examiner(patient, record, loop, folder, asking, asked)
-    for event in (
-        "forward_begin",
-        "forward_end",
-        "compiling",
-        "backward_asked",
-        "backward_begin",
-        "backward_end",
-        "functional",
-        "nonfinite",
-        "gradient_absent",
-        "failed",
-        "round_end",
-    ):
+    for event in (*_STRETCH, "compiling", "backward_begin", "functional", "nonfinite", "gradient_absent", "failed", "round_end"):
         loop.on(event, examiner, getattr(examiner, event))
     detach = [examiner.detach]
     for name in EXAMS:

@@ -79,6 +79,7 @@ class RecordWriter:
         self._extras: list[str] = []
         self._tables: list[tuple[int, bytes]] = []
         self._batch: list[Statement] = []
+        self._plain = 0  # of the batch's first statements, known to be steps
         self._slots = EventSlots()
         self._event_bytes = 0
         self._unmeasured = 0
@@ -274,8 +275,9 @@ class RecordWriter:
     def _kept_in_tail(self, size: int) -> bool:
         """True when nothing but steps waits to be written, and the newest is safe without a commit."""
         due = time.monotonic() >= self._commit_at or self._waiting > self._max_bytes // 64 or self._tail is None or self.stopped
-        if due or self._retry_at or not self._batch or any(sql is not _STEP for sql, _ in self._batch):
+        if due or self._retry_at or not self._batch or any(sql is not _STEP for sql, _ in self._batch[self._plain :]):
             return False
+        self._plain = len(self._batch)
         self._waiting += size
         return not size or (self._tail is not None and self._tail.keep(self._batch[-1][1]))
 
@@ -325,6 +327,7 @@ class RecordWriter:
             if sql is _STEP:
                 self._compactor.added(sum(len(part) for part in values[3:]) + 40)
         del self._batch[: len(batch)]
+        self._plain = 0
         if self._tail is not None:
             self._tail.committed()
         self._unmeasured += size

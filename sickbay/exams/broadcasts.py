@@ -204,4 +204,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, asking: Asking) -
     probe = Broadcasts(patient, record, loop, asking)
     for event in ("outgrown", "loss", "backward_begin", "round_end"):
         loop.on(event, probe, getattr(probe, event))
+    loop.rests(probe)
     return lambda: None

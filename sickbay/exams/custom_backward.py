@@ -219,4 +219,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, asking: Asking) -
     """From now on the script's own autograd Functions are asked for their gradients, each once."""
     probe = CustomBackward(patient, record, loop, asking)
     loop.on("backward_begin", probe, probe.backward_begin)
+    loop.rests(probe)
     return probe.detach

@@ -63,12 +63,14 @@ class Holders:
         answer = self._ask(lambda: census(frame))
         if not isinstance(answer, NoAnswer):
             self._before, self._look_again, self._growth = answer, self.record.step + _WAIT, per_step
+            self.loop.on("round_end", self, self.round_end)
 
     def round_end(self, step: int) -> None:
         if self._before is None or step < self._look_again:
             return
         frame, before = sys._getframe(1), self._before
         self._before, self._look_again = None, -1
+        self.loop.off("round_end", self)
         self._searches += 1
         line = user_line(3)
         answer = self._ask(lambda: grown(frame, before, _WAIT))
@@ -221,6 +223,6 @@ def _contents(reach: Reach) -> dict[Path, dict[int, int]]:
 def attach(patient: Patient, record: RecordWriter, loop: Any, asking: Asking) -> Callable[[], None]:
     """From now on whatever is kept has its holder named."""
     exam = Holders(patient, record, loop, asking)
-    for event in ("graphs_kept", "memory_grows", "round_end"):
+    for event in ("graphs_kept", "memory_grows"):
         loop.on(event, exam, getattr(exam, event))
     return lambda: None

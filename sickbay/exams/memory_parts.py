@@ -189,4 +189,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Any, asking: Asking) ->
     exam = MemoryParts(patient, record, asking)
     for event in ("backward_begin", "failed"):
         loop.on(event, exam, getattr(exam, event))
+    loop.rests(exam)
     return lambda: None

@@ -146,4 +146,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, asking: Asking) -
     """From now on the script's own model is asked once whether its settings do anything."""
     probe = Settings(patient, record, asking)
     loop.on("backward_begin", probe, probe.backward_begin)
+    loop.rests(probe)
     return lambda: None

@@ -5,6 +5,7 @@ Asked only where updates are unusually small or large, so an ordinary run pays f
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
 import statistics
@@ -27,8 +28,9 @@ from sickbay.patient import Patient, bare, tensors_in, user_line
 SIGNALS = ("step_gain",)
 
 _SMALL, _LARGE = 3e-4, 0.03  # update over weight, median of the matrices looked at: outside of these the question is asked
-_LOOKS = frozenset((0, 1, 3, 7, 15, 23, 31, 47, 63, 95, 127, 191, 255, 383, 511, 1023, 2047, 4095))  # steps whose update is measured
-_FIRST_SMALL = 7  # step from which small updates are asked about: before it, warm-up has hardly begun
+# Steps whose update is measured, or the next one that is looked at closely.
+_LOOKS = (0, 1, 3, 7, 15, 23, 31, 47, 63, 95, 127, 191, 255, 383, 511, 1023, 2047, 4095)
+_FIRST_SMALL = 7  # step after which small updates are asked about: before it, warm-up has hardly begun
 _MATRICES, _MAX_ELEMENTS, _MAX_BYTES = 3, 1 << 20, 256 << 20
 _LARGER, _SMALLER = (1.0, 10.0, 100.0, 1e3, 1e4), (0.01, 0.1, 1.0)  # multiples of the step
 _QUESTIONS, _CHEAP = 3, 0.3  # asked of an optimizer before its share of the run's time counts, if a question takes less seconds than this
@@ -38,9 +40,10 @@ _SECONDS = 20.0
 
 @dataclass
 class Seen:
-    """What is known of one optimizer. `ratio`: its newest measured update, if a question is due because of it."""
+    """What is known of one optimizer since step `first`. `ratio`: its newest measured update, if a question is due because of it."""
 
-    steps: int = 0
+    first: int
+    looks: int = 0
     questions: int = 0
     seconds: float = 0.0
     ratio: float | None = None
@@ -65,7 +68,7 @@ class StepSize:
     def step_begin(self, optimizer: Any, late: bool) -> None:
         seen = self._seen.get(optimizer)
         if seen is None:
-            seen = self._seen[optimizer] = Seen()
+            seen = self._seen[optimizer] = Seen(self.record.step)
         seen.before = []
         if late or self.patient.scale != 1.0:
             return
@@ -76,15 +79,13 @@ class StepSize:
                 seen.questions, seen.seconds = seen.questions + 1, max(seen.seconds, self.asking.cost)
             self._due = any(other.ratio is not None for other in self._seen.values())
         self._given.clear()
-        if seen.steps in _LOOKS:
+        if seen.looks < len(_LOOKS) and self.record.step - seen.first >= _LOOKS[seen.looks]:
+            seen.looks = bisect.bisect(_LOOKS, self.record.step - seen.first)
             seen.before = [(weakref.ref(matrix), matrix.detach().clone()) for matrix in _matrices(optimizer)]
 
     def step_end(self, optimizer: Any) -> None:
         seen = self._seen.get(optimizer)
-        if seen is None:
-            return
-        seen.steps += 1
-        if not seen.before:
+        if seen is None or not seen.before:
             return
         ratios = []
         for held, before in seen.before:
@@ -95,7 +96,7 @@ class StepSize:
         seen.before = []
         if ratios and all(map(math.isfinite, ratios)):
             ratio = statistics.median(ratios)
-            if ratio > _LARGE or (0 < ratio < _SMALL and seen.steps > _FIRST_SMALL):
+            if ratio > _LARGE or (0 < ratio < _SMALL and self.record.step - seen.first >= _FIRST_SMALL):
                 seen.ratio, self._due = ratio, True
 
     def _affordable(self, seen: Seen) -> bool:
@@ -179,4 +180,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Any, asking: Asking) ->
     exam = StepSize(patient, record, asking)
     for event in ("backward_begin", "step_begin", "step_end"):
         loop.on(event, exam, getattr(exam, event))
+    loop.rests(exam)
     return lambda: None

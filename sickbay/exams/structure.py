@@ -268,4 +268,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop, asking: Asking) -
     exam = Structure(patient, record, loop, asking)
     loop.on("backward_begin", exam, exam.backward_begin)
     loop.on("functional", exam, exam.functional)
+    loop.rests(exam)
     return lambda: None

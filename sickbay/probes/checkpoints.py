@@ -100,10 +100,17 @@ class Checkpoints:
         for file in self._files:
             if any((tensor := mark()) is not None and id(tensor) in values for mark in file.marks):
                 self._resumed = [*self._resumed[-_FILES + 1 :], Resumed(file, weakref.ref(module), user_line())]
+        if self._resumed:
+            self._listen(True)
+
+    def _listen(self, waiting: bool) -> None:
+        """The optimizers' steps are heard only while a run that was taken up again waits for its first."""
+        for event in ("step_begin", "step_end"):
+            self.loop.off(event, self)
+            if waiting:
+                self.loop.on(event, self, getattr(self, event))
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
-        if not self._resumed:
-            return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for resumed in self._resumed:
             module = resumed.module()
@@ -122,8 +129,9 @@ class Checkpoints:
             saved = [name for name, there in (("optimizer", file.optimizer), ("scheduler", file.schedule > 0)) if there]
             note = {"missing": missing, "saved": saved, "file": file.name, "key": file.key, "count": file.count}
             self.record.read("restored_state", len(missing), where=type(optimizer).__name__, note=note, source=resumed.source)
-        if taken:
-            self._resumed = [resumed for resumed in self._resumed if resumed.began_fresh is None]
+        self._resumed = [resumed for resumed in self._resumed if resumed.began_fresh is None]
+        if not self._resumed:
+            self._listen(False)
 
     # --- what is put around torch's own ------------------------------------------------------------------------------
     def around_load(self, original: Any) -> Any:
@@ -249,8 +257,6 @@ def _remembers(optimizer: Any) -> bool:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on what is loaded is followed until it is trained on."""
     probe = Checkpoints(patient, record, loop)
-    loop.on("step_begin", probe, probe.step_begin)
-    loop.on("step_end", probe, probe.step_end)
     for module in (torch, torch.serialization):
         loop.replace(module, "load", probe.around_load)
     loop.replace(nn.Module, "load_state_dict", probe.around_restore)

@@ -52,7 +52,8 @@ class EvaluationMemory:
 
     def forward_end(self, call: ForwardCall, output: Any) -> None:
         if call.grad_enabled:
-            self._evaluation_over()
+            if self._evaluated:
+                self._evaluation_over()
             if not self.loop.glances_at(call):
                 self._build(call, output)
         elif call.module in self._trained:
@@ -113,9 +114,13 @@ class EvaluationMemory:
         self._rows.clear()
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
-        self._evaluation_over()
-        for call in self.patient.training_calls():
-            self._trained.add(call.module)
+        if self._evaluated:
+            self._evaluation_over()
+        if not self.loop.pace.resting:
+            for call in self.patient.training_calls():
+                self._trained.add(call.module)
+        if not self._pending:
+            return
         if len(self._pending) > _FEWEST and loss is not None and kind != "func":
             reached = _reached(loss)
             self._in_vain([entry for entry in self._pending if not (forward := entry[0]()) or forward not in reached])

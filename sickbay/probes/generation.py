@@ -292,4 +292,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     probe = Generation(patient, record, loop)
     for event in ("forward_end", "loss", "backward_begin", "step_begin", "finish"):
         loop.on(event, probe, getattr(probe, event))
+    loop.rests(probe, but=("forward_end",))
     return lambda: None

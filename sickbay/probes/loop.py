@@ -35,9 +35,8 @@ from sickbay.probes.pace import Pace
 from sickbay.probes.unseen import interpose, out_of_sight, unseen
 
 _MAX_PROBLEMS = 32
-_OF_A_STEP = frozenset(
-    ("forward_begin", "forward_end", "loss", "backward_begin", "backward_end", "clip", "closure_begin", "step_begin", "step_end")
-)
+_OF_A_STEP = frozenset(("forward_begin", "forward_end", "loss", "outgrown", "backward_asked", "backward_begin", "backward_end", "clip"))
+_OF_A_STEP |= {"closure_begin", "step_begin", "step_end", "round_end"}
 
 
 class Sheltered:
@@ -68,7 +67,7 @@ class Loop:
         self.rounds = 0
         self.pace = Pace()
         self._listeners: dict[str, list[tuple[Any, Callable[..., None]]]] = {}
-        self._resting: set[Any] = set()
+        self._resting: dict[Any, frozenset[str]] = {}
         self._told: dict[tuple[str, bool], tuple[tuple[Any, Callable[..., None]], ...]] = {}
         self._undo: list[Callable[[], None]] = []
         self._thread, self._process = threading.get_ident(), os.getpid()
@@ -85,9 +84,18 @@ class Loop:
         self._listeners.setdefault(event, []).append((probe, listener))
         self._told.clear()
 
-    def rests(self, probe: Any) -> None:
-        """From now on `probe` hears nothing of the steps that are only glanced at, from their first event to their last."""
-        self._resting.add(probe)
+    def off(self, event: str, probe: Any) -> None:
+        """`probe` hears no `event` any more."""
+        listeners = self._listeners.get(event, [])
+        listeners[:] = [(owner, listener) for owner, listener in listeners if owner is not probe]
+        self._told.clear()
+
+    def rests(self, probe: Any, but: tuple[str, ...] = ()) -> None:
+        """From now on `probe` hears nothing of the steps that are only glanced at, from their first event to their last, `but` these.
+
+        Whatever is called in such a step is no longer in the processor's caches, and costs several times its usual time.
+        """
+        self._resting[probe] = _OF_A_STEP.difference(but)
         self._told.clear()
 
     def glances_at(self, call: ForwardCall) -> bool:
@@ -100,7 +108,7 @@ class Loop:
         listeners = self._told.get((event, resting))
         if listeners is None:
             everyone = self._listeners.get(event, ())
-            listeners = tuple((probe, told) for probe, told in everyone if not (resting and probe in self._resting))
+            listeners = tuple((probe, told) for probe, told in everyone if not (resting and event in self._resting.get(probe, ())))
             self._told[event, resting] = listeners
         if not listeners:
             return
@@ -283,7 +291,9 @@ class Loop:
                 return original(*args, **kwargs)
             parameters, max_norm, args = clip_arguments(args, kwargs)
             given: list[Any] = []
-            if isinstance(parameters, GeneratorType):  # torch treats a generator in its own way, and warns when it is empty
+            if self.pace.resting:
+                total = original(parameters, max_norm, *args, **kwargs)
+            elif isinstance(parameters, GeneratorType):  # torch treats a generator in its own way, and warns when it is empty
                 total = original(noting(parameters, given), max_norm, *args, **kwargs)
             else:
                 parameters = list(parameters) if isinstance(parameters, Iterator) else parameters

@@ -50,7 +50,7 @@ class LossLines:
         Never raises.
         """
         self.end()
-        if self._left <= 0 or len(self.segments) >= MAX_SEGMENTS:
+        if not self.learning:
             return
         try:
             if torch._C._len_torch_function_stack() == 0 and not torch.compiler.is_compiling() and not _compiles():
@@ -73,6 +73,11 @@ class LossLines:
             mode.made = []
         if take_out(mode):
             self._mode = None
+
+    @property
+    def learning(self) -> bool:
+        """True while stretches are still recorded."""
+        return self._left > 0 and len(self.segments) < MAX_SEGMENTS
 
     def again(self) -> None:
         """Some of the next steps are recorded as the first ones were."""

@@ -368,7 +368,7 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     events = ("forward_begin", "forward_end", "loss", "backward_begin", "backward_end", "step_begin", "step_end", "round_end", "finish")
     for event in events:
         loop.on(event, probe, getattr(probe, event))
-    loop.rests(probe)
+    loop.rests(probe, but=("round_end",))
     patient.compute_share = probe.compute_share
     loop.replace(dataloader._BaseDataLoaderIter, "__next__", probe.around_next)
 

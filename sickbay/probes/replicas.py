@@ -55,6 +55,7 @@ class Replicas:
         self._weights: list[float] = []
         self._gradients: list[float] = []
         self._around = ""
+        self._listens = False
 
     # --- events ---------------------------------------------------------------------------------------------------
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
@@ -147,6 +148,24 @@ class Replicas:
         return [] if model is None else [(name, p) for name, p in named_parameters(bare(model)) if p.requires_grad and p.numel()]
 
     # --- what is put around torch's own ------------------------------------------------------------------------------
+    def listen(self) -> None:
+        """Batches and weights are marked from now on: there is a process group."""
+        if not self._listens:
+            self._listens = True
+            for event in ("forward_begin", "backward_begin", "backward_end", "step_begin", "round_end"):
+                self.loop.on(event, self, getattr(self, event))
+
+    def around_start(self, original: Any) -> Any:
+        @unseen
+        def init_process_group(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.loop.awake():
+                with self.loop.sheltered("process_group", self):
+                    self.listen()
+            return result
+
+        return init_process_group
+
     def around_wrapper(self, original: Any) -> Any:
         @unseen
         def __init__(wrapper: Any, *args: Any, **kwargs: Any) -> None:
@@ -225,12 +244,14 @@ def _mark(tensors: list[tuple[str, Tensor]], step: int) -> int:
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
-    """From now on batches and weights are marked wherever several ranks train; a run of one process pays a look per step."""
+    """From now on batches and weights are marked wherever several ranks train; a run of one process pays nothing."""
     if "torch.distributed" not in sys.modules or not dist.is_available():
         return lambda: None
     probe = Replicas(patient, record, loop)
-    for event in ("forward_begin", "backward_begin", "backward_end", "step_begin", "round_end"):
-        loop.on(event, probe, getattr(probe, event))
+    if dist.is_initialized():
+        probe.listen()
+    for module in (dist, distributed_c10d):
+        loop.replace(module, "init_process_group", probe.around_start)
     loop.replace(DistributedDataParallel, "__init__", probe.around_wrapper)
     loop.replace(DistributedSampler, "__init__", probe.around_sampler)
     for name in ("all_reduce", *_EXCHANGES):

@@ -94,7 +94,7 @@ class Retention:
             self._marks.append(weakref.ref(mark))
 
     def round_end(self, step: int) -> None:
-        self._rounds += 1
+        self._rounds = step + 1
         marks = self.alive(step)
         kept = len({mark.step for mark in marks})
         if kept != self._last or self._rounds <= _FIRST_READINGS:

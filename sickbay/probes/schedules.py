@@ -92,6 +92,8 @@ class Schedules:
         optimizer = getattr(scheduler, "optimizer", None) or next((part.optimizer for part in parts_of(scheduler)), None)
         if optimizer is None or scheduler in self._known:
             return
+        self.loop.off("step_end", self)
+        self.loop.on("step_end", self, self.step_end)
         held = self._known[scheduler] = Held(weakref.ref(scheduler), type(scheduler).__name__, source)
         self._by_optimizer.setdefault(optimizer, []).append(held)
         self._everyone.append((held, self._made_at.get(optimizer, "")))
@@ -163,6 +165,6 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     loop.replace(lr_scheduler.LRScheduler, "step", probe.around_step)
     for name in _BUILT_BY_THEMSELVES:
         loop.replace(getattr(lr_scheduler, name), "__init__", probe.around_init)
-    for event in ("optimizer_created", "step_end", "finish"):
+    for event in ("optimizer_created", "finish"):
         loop.on(event, probe, getattr(probe, event))
     return lambda: None

@@ -87,7 +87,7 @@ class Vocabulary:
         self._tokens += ids.numel()
 
     def round_end(self, step: int) -> None:
-        self._steps += 1
+        self._steps = step + 1
         if self._steps >= self._due:
             self._due *= 2
             self._write()
