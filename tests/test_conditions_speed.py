@@ -243,6 +243,14 @@ def recurrent(model: Model, x: Tensor) -> Tensor:
     return state
 
 
+def read_out(model: Model, x: Tensor) -> Tensor:
+    state, read = torch.zeros_like(x[0]), []
+    for t in range(len(x)):
+        state = torch.tanh(state + x[t])
+        read.append(state @ model.weight)
+    return torch.stack(read)
+
+
 def test_a_loop_over_positions_can_be_batched_and_a_recurrence_cannot() -> None:
     wide = profiled(call(by_position, 64, 4, 8))
     (found_,) = loops.examine(wide, 64, 0.0, 2.0)
@@ -250,6 +258,7 @@ def test_a_loop_over_positions_can_be_batched_and_a_recurrence_cannot() -> None:
     assert found_["note"]["per_row"] and 0 < found_["value"] < 1
     assert found_["source"].endswith(f"test_conditions_speed.py:{by_position.__code__.co_firstlineno + 1}")
     assert loops.examine(profiled(call(recurrent, 64, 4, 8)), 4, 0.0, 2.0) == []
+    assert loops.examine(profiled(call(read_out, 64, 4, 8)), 4, 0.0, 2.0) == [], "each call waits for the one before"
 
 
 def test_copies_that_change_nothing_are_found_and_those_written_to_are_not() -> None:

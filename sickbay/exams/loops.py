@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sickbay.exams.op_profile import Profile, Timed, depth, least
+from sickbay.exams.op_profile import Profile, Timed, least, levels
 from sickbay.patient import tensors_in
 
 WIDTH = 16  # calls that do not need one another: more than the heads or experts that are commonly kept in lists
@@ -32,8 +32,9 @@ def examine(profile: Profile, rows: int, forward: float, most: float) -> list[di
     if not total or sum(c.seconds + per_call for calls in wide.values() for c in calls) < _LEAST_SHARE * total:
         return []
     found: list[tuple[float, float, int, list[Timed]]] = []
-    for (line, name), calls in sorted(wide.items(), key=lambda item: -sum(c.seconds for c in item[1]))[:_MOST_LINES]:
-        width = len(calls) // max(1, depth(profile.operations, line, name))
+    level = levels(profile.operations)
+    for calls in sorted(wide.values(), key=lambda calls: -sum(c.seconds for c in calls))[:_MOST_LINES]:
+        width = len(calls) // len({level[id(call)] for call in calls})
         if width < WIDTH or not _one_weight(calls, width, profile.leaves):
             continue
         batched = _batched_seconds(calls, width, most / _MOST_LINES)

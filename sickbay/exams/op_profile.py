@@ -163,16 +163,15 @@ def least(question: Callable[[], Any], most: float, times: int = 5) -> float:
     return best
 
 
-def depth(operations: Iterable[Timed], line: str, name: str) -> int:
-    """The longest chain of operations `name` of `line` in which each needs the result of another: their number, if they are sequential."""
+def levels(operations: Iterable[Timed]) -> dict[int, int]:
+    """How many operations each one waits for, one after the other, by `id`: calls of one loop share a level unless it is sequential."""
     chain: dict[int, int] = {}
-    longest = 0
+    found: dict[int, int] = {}
     for operation in operations:
-        here = max((chain.get(storage, 0) for storage in operation.reads), default=0)
-        if operation.line == line and operation.name == name:
-            here += 1
-            longest = max(longest, here)
-        written = operation.makes if not operation.name.endswith("_") else (*operation.makes, *operation.reads[:1])
-        for storage in written:
+        before = max((chain.get(storage, 0) for storage in operation.reads), default=0)
+        writes = operation.name.endswith("_")
+        alias = not writes and set(operation.makes) <= set(operation.reads)
+        here = found[id(operation)] = before if alias else before + 1
+        for storage in (*operation.makes, *operation.reads[:1]) if writes else operation.makes:
             chain[storage] = max(chain.get(storage, 0), here)
-    return longest
+    return found
