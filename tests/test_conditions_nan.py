@@ -202,13 +202,15 @@ def test_a_spike_led_by_the_gradient() -> None:
 
 
 def test_one_bad_batch_is_a_spike_although_no_gradient_leads() -> None:
-    found = finding("loss-spike", chart(loss=[*CALM, 6.0, *wobble(20)], grad_norm=wobble(61, 1.0)))
+    rates = [Reading(step, "learning_rate", 1e-3, source="train.py:8") for step in range(61)]
+    found = finding("loss-spike", chart(loss=[*CALM, 6.0, *wobble(20)], grad_norm=wobble(61, 1.0), learning_rate=rates))
     assert found.step == 40
     assert "back after 1 step" in found.summary
 
 
 SHIFT = [*CALM, *[3.0 + 3.0 * 0.93**index for index in range(60)]]
 HEAVY = [value + (0.8 if index % 9 == 5 else 0.0) for index, value in enumerate(wobble(50))]
+OTHER_OPTIMIZER = [Reading(step, "learning_rate", 1e-3 if step < 40 else 1e-4, source=f"train.py:{8 + step // 40}") for step in range(61)]
 RESTART_RATES = [3e-4] * 38 + [3e-3] * 62
 
 
@@ -219,6 +221,8 @@ RESTART_RATES = [3e-4] * 38 + [3e-3] * 62
         ("stays up", {"loss": [*CALM, *[6.0] * 30]}),
         ("new data: a jump without a lead that decays slowly", {"loss": SHIFT, "grad_norm": [*wobble(40, 0.2), *wobble(60, 1.5)]}),
         ("warm restart", {"loss": [*CALM, 5.0, *wobble(59)], "learning_rate": RESTART_RATES}),
+        ("other data: from then on the batches differ much", {"loss": [*CALM, 8.0, 3.1, *[7.0, 4.0, 9.0, 8.0] * 10]}),
+        ("the first batch of another optimizer", {"loss": [*CALM, 6.0, *wobble(20)], "learning_rate": OTHER_OPTIMIZER}),
         ("less than a tenth of the way", {"loss": [*CALM, 3.29, *wobble(20)]}),
         ("often far above its middle", {"loss": [*HEAVY, 4.6, *wobble(20)]}),
         ("too short", {"loss": [*wobble(10), 9.0, *wobble(5)]}),

@@ -84,9 +84,10 @@ def _spike(chart: Chart, losses: Series) -> Diagnosis | None:
 
 
 def _back(after: list[float], middle: float, top: float) -> int | None:
-    """Steps until the loss is half way back; None if it stays up."""
+    """Steps until the loss is half way back and stays there; None if it does not: another phase has begun, or other data."""
     level = middle + RECOVERED * (top - middle)
-    return next((count for count, value in enumerate(after, start=1) if value < level), None)
+    count = next((count for count, value in enumerate(after, start=1) if value < level), None)
+    return count if count is not None and median(after[count - 1 :]) < level else None
 
 
 def _lead(chart: Chart, step: int) -> Reading | None:
@@ -97,8 +98,11 @@ def _lead(chart: Chart, step: int) -> Reading | None:
 
 
 def _restarted(chart: Chart, step: int) -> bool:
-    rates = chart["learning_rate"].between(step - HISTORY // 2, step).values
-    return len(rates) > 1 and rates[-1] > RESTART * min(rates)
+    """True if the rate has just risen, or the steps are now those of an optimizer made elsewhere: a phase begins."""
+    rates = chart["learning_rate"].between(step - HISTORY // 2, step)
+    before, now = rates.between(0, step - BRIEF - 1), rates.between(step - BRIEF, step)
+    another = bool(before) and not {r.source for r in now} <= {r.source for r in before}
+    return another or (len(rates) > 1 and rates[-1].value > RESTART * min(rates.values))
 
 
 def inject(case: Any) -> Any:
