@@ -25,8 +25,10 @@ from sickbay.reference.data.sources import Text
 from sickbay.reference.data.tasks import Task, objective_of, task_of
 from sickbay.reference.evaluation.evaluation import evaluate
 from sickbay.reference.evaluation.guesses import counts, guesses
+from sickbay.reference.models import pretrained
 from sickbay.reference.models.config import Config
 from sickbay.reference.models.kinds import OF_OBJECTIVE, kind_of, model_for
+from sickbay.reference.models.model import Transformer
 from sickbay.reference.saving import checkpoint
 from sickbay.reference.settings.recipe import Objective, Recipe
 from sickbay.reference.text.marked import Marked
@@ -253,6 +255,16 @@ def test_a_run_goes_on_from_a_model_of_its_own_kind_alone(tmp_path: Path, text: 
         before, after = (checkpoint.load_model(checkpoint.read(tmp_path / f"{objective}{end}")) for end in ("", "-tuned"))
         assert kind_of(before) == kind_of(after)
         torch.testing.assert_close(dict(after.named_parameters()), dict(before.named_parameters()))
+    folder = tmp_path / "transformers"
+    pretrained.save(Transformer(Config(dim=16, num_layers=1, num_heads=2, context=16, activation="swiglu")), folder)
+    assert "is of kind decoder; objective=masked-token trains one of kind encoder" in refusal(
+        train_command, text, "--out", tmp_path / "other", "--from-pretrained", folder, "--objective", "masked-token"
+    )
+    longer = ("--objective", "span-corruption", "--context", "32", "--positions", "rotary")
+    trained("span-corruption", tmp_path / "short", text, pairs)
+    assert "4 of span-corruption; the trained model has no more: keep to its context and objective" in refusal(
+        train_command, text, "--out", tmp_path / "other", "--from-pretrained", tmp_path / "short", *longer
+    )
     assert "is of kind encoder; objective=next-token trains one of kind decoder" in refusal(
         train_command, text, "--out", tmp_path / "other", "--from-pretrained", tmp_path / "masked-token", "--steps", "1"
     )
@@ -283,7 +295,7 @@ def test_a_source_is_answered(tmp_path: Path, text: Path, pairs: Path, capsys: p
         generate_command, spans, "--prompt", "Be it"
     )
     assert "the source has 18 tokens; this model reads from 1 to 16" in refusal(generate_command, reversed_words, "--prompt", "abcdef" * 3)
-    assert "holds an encoder-decoder, which writes to a source; give it with --prompt" in refusal(generate_command, spans)
+    assert "holds an encoder-decoder, which writes to a source; give it with --prompt" in refusal(generate_command, spans, "--num", "2")
 
 
 def test_an_encoder_that_is_to_write_is_refused_in_one_line(tmp_path: Path, text: Path, pairs: Path) -> None:

@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
             from sickbay.cli.conversation import converse
 
             return converse(writer, args.tokens, decoding, args.seed, args.stop)
-        if not writer.goes_on and prompts == [PROMPT]:
+        if not writer.goes_on and args.prompt is None and args.prompt_file is None:
             raise UsageError(f"{args.checkpoint} holds an encoder-decoder, which writes to a source; give it with --prompt")
         started = time.perf_counter()
         if args.beams is not None:

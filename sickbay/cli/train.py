@@ -1,8 +1,9 @@
 """Train the reference transformer on texts.
 
 The defaults are nanoGPT's recipe for a CPU: 4 layers, 4 heads, 128 wide, context 64, 2000 steps of 12 rows, character by
-character. A flag overrules --config, that its --preset, that the defaults. The run's folder holds the checkpoint for
-`sickbay generate` and config.toml, all of its settings; --resume goes on from it, bit for bit.
+character. --objective masked-token trains an encoder, span-corruption or pairs an encoder-decoder. A flag overrules --config,
+that its --preset, that the defaults. The run's folder holds the checkpoint for `sickbay generate` and config.toml, all of its
+settings; --resume goes on from it, bit for bit.
 """
 
 from __future__ import annotations
@@ -269,7 +270,7 @@ def _shaped_as_trained(settings: Settings, asked: Tables) -> Settings:
     from sickbay.reference.training import start
 
     folder = Path(settings.recipe.from_pretrained or "")
-    shape, tokenizer = start.shape_of(folder)
+    shape, tokenizer = start.shape_of(folder, settings.recipe.objective)
     own = dataclasses.asdict(shape)
     changed = [f"{field} is {own[field]}" for field, value in asked["model"].items() if field not in TAKEN and value != own[field]]
     if changed:
@@ -294,7 +295,9 @@ def _with_vocabulary(settings: Settings, asked: Tables, corpus: Corpus) -> Setti
     size = asked["model"].get("vocab_size", ids + more)
     if size < ids + more:
         needed = f"{ids + more}, the tokenizer's ids" + (f" and {more} of {settings.recipe.objective}" if more else "")
-        raise UsageError(f"vocab_size is {size}; it must be at least {needed}; leave it out to take them all")
+        own = settings.recipe.from_pretrained is not None
+        way_out = "the trained model has no more: keep to its context and objective" if own else "leave it out to take them all"
+        raise UsageError(f"vocab_size is {size}; it must be at least {needed}; {way_out}")
     shape = dataclasses.replace(settings.model, vocab_size=size)
     if isinstance(objective, Translation):
         if asked["model"].get("pad_id", objective.pad_id) != objective.pad_id:

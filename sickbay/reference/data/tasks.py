@@ -32,7 +32,7 @@ from sickbay.reference.text.tokenizer import Tokenizer
 from sickbay.reference.training.loss import IGNORED
 
 Part = Literal["train", "val"]
-Objective = NextToken | MaskedToken | SpanCorruption | Translation
+AnyObjective = NextToken | MaskedToken | SpanCorruption | Translation
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Task(ABC):
     corpus: Corpus
     config: Config
     recipe: Recipe
-    objective: Objective
+    objective: AnyObjective
 
     @property
     @abstractmethod
@@ -87,7 +87,7 @@ def task_of(corpus: Corpus, config: Config, recipe: Recipe, texts: DataSettings 
     return SpoiledTask(corpus, config, recipe, objective, texts, end_of_text)
 
 
-def objective_of(recipe: Recipe, config: Config, tokenizer: Tokenizer) -> Objective:
+def objective_of(recipe: Recipe, config: Config, tokenizer: Tokenizer) -> AnyObjective:
     """The recipe's objective on ids of `tokenizer`. Raises ValueError where it does not fit rows of `config.context`."""
     ids = tokenizer.vocab_size
     if recipe.objective == "masked-token":
@@ -100,14 +100,12 @@ def objective_of(recipe: Recipe, config: Config, tokenizer: Tokenizer) -> Object
 
 
 def demand_together(config: Config, recipe: Recipe, texts: DataSettings) -> None:
-    """Raises ValueError where settings that are each in their range do not go together."""
+    """Raises ValueError or UsageError where settings that are each in their range do not go together."""
     objective = recipe.objective
     stretches = objective in ("next-token", "masked-token")
     demand("packed", texts.packed, stretches or not texts.packed, f"False with objective={objective}, whose rows are no stretches of text")
     if objective == "pairs" and texts.augments:
-        raise UsageError(
-            "pairs are not augmented: a changed source would be another one's; leave delete_words, swap_words and translate_* out"
-        )
+        raise UsageError("pairs are not augmented; leave delete_words, swap_words and translate_there out with objective=pairs")
     if objective == "span-corruption":
         SpanCorruption(1, recipe.mask_share, recipe.mean_span).for_rows(config.context)
 
