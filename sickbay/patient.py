@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sickbay.core.ngrams import NGrams
 
-_OWN_FOLDER = __file__.rsplit("/", 1)[0] + "/"
+OWN_FOLDER = __file__.rsplit("/", 1)[0] + "/"
 _LIBRARY_MARKS = ("/site-packages/", "/dist-packages/", "/lib/python3", "<frozen ", "<string>", "/importlib/")
 GRAPH_MARK = "sickbay"  # the key, in a graph node's metadata, of the object that tells whether the graph is alive
 _MAX_CALLS = 32  # forwards kept until a backward uses them
@@ -104,6 +104,7 @@ class Patient:
         self.calls: list[ForwardCall] = []
         self.losses: list[LossCall] = []
         self.muted = False
+        self.without_gradient = False  # the newest forward ran under no_grad
         self.distributed = False
         self.scale = 1.0
         self.norm_at_step = 0.0
@@ -128,6 +129,7 @@ class Patient:
     def admit(self, call: ForwardCall) -> None:
         """`call` is the newest. What an evaluation leaves behind, with or without no_grad, keeps no batch and no graph alive."""
         self.roots.add(call.module)
+        self.without_gradient = not call.grad_enabled
         if not call.grad_enabled:
             return
         self.losses = [loss for loss in self.losses if loss.spent or not loss.evaluating]
@@ -181,6 +183,13 @@ def bare(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def bare_optimizer(optimizer: Any) -> Any:
+    """The optimizer that steps, where `optimizer` is a wrapper around it (accelerate's)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def user_line(skip: int = 1) -> str:
     """`file:line` of the innermost frame of the user's own code, `skip` frames out or further; "" if there is none."""
     frame: FrameType | None = sys._getframe()
@@ -204,7 +213,7 @@ def is_user_file(filename: str) -> bool:
     """
     known = _user_files.get(filename)
     if known is None:
-        own = filename.startswith(_OWN_FOLDER) and not filename.startswith((_OWN_FOLDER + "reference/", _OWN_FOLDER + "conditions/"))
+        own = filename.startswith(OWN_FOLDER) and not filename.startswith((OWN_FOLDER + "reference/", OWN_FOLDER + "conditions/"))
         known = not own and not any(mark in filename for mark in _LIBRARY_MARKS)
         _user_files[filename] = known
     return known

@@ -289,6 +289,19 @@ def test_checks_that_only_python_reads_are_counted_and_results_are_not() -> None
     assert set(found_["note"]["kinds"]) == {"check"}
 
 
+def test_checks_that_a_library_makes_are_not_the_scripts() -> None:
+    layer = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(6)
+
+    def encoded(model: Model, x: Tensor) -> Tensor:
+        return layer(x, mask=mask) @ model.weight  # compares the mask with a causal one, to the last element
+
+    seen = call(encoded, 4, 6, 8)
+    profile = profiled(seen)
+    assert any(operation.name in ("equal", "_local_scalar_dense", "is_nonzero") for operation in profile.operations)
+    assert copies.examine(seen, profile) == []
+
+
 def test_a_product_by_broadcasting_is_compared_with_the_matrix_product() -> None:
     def broadcast(model: Model, x: Tensor) -> Tensor:
         return (x[:, :, None, :] * x[:, None, :, :]).sum(-1) @ torch.ones(32, 8) @ model.weight

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import lr_scheduler as schedulers
 
+import sickbay
 from sickbay.core.chart import Chart, Reading
 from sickbay.core.condition import checkup
 from sickbay.core.diagnosis import Diagnosis, NotExamined
@@ -268,3 +270,29 @@ def test_clipping_is_saturated_above_nine_tenths_of_the_steps() -> None:
     assert clipped([1.5] * 80) is None
     assert clipped([5.0, 0.5] * 40) is None
     assert isinstance(clipped([5.0] * 20), NotExamined)
+
+
+def test_a_scheduler_built_over_a_wrapper_counts_the_steps_of_the_optimizer_inside(tmp_path: Path) -> None:
+    class Wrapper(torch.optim.Optimizer):  # the way accelerate wraps one
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.defaults, self.state = optimizer, optimizer.defaults, optimizer.state
+
+        @property
+        def param_groups(self) -> Any:
+            return self.optimizer.param_groups
+
+        def step(self, closure: Any = None) -> None:
+            self.optimizer.step()
+
+    with sickbay.watch(out=tmp_path / "run") as watch:
+        model = torch.nn.Linear(4, 2)
+        inside = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapper = Wrapper(inside)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(wrapper, lambda step: min(1.0, step / 500))
+        for _ in range(12):
+            model(torch.randn(3, 4)).square().mean().backward()
+            wrapper.step()
+            inside.zero_grad()
+            scheduler.step()
+    (seen,) = watch.chart()["scheduler_steps"]
+    assert (seen.value, seen.note["updates"], seen.note["moves"]) == (12, 12, 12)

@@ -56,7 +56,7 @@ def _round_trips(operations: list[Timed]) -> list[Timed]:
     widened: dict[int, Timed] = {}
     for operation in operations:
         source = operation.args[0] if operation.args and isinstance(operation.args[0], Tensor) else None
-        if source is None or not isinstance(operation.result, Tensor) or not operation.line:
+        if source is None or not isinstance(operation.result, Tensor) or not operation.own:
             continue
         if _elidable(operation.name, source, operation.result):
             found.append(operation)
@@ -76,7 +76,8 @@ def _only_read_out(operations: list[Timed]) -> list[Timed]:
     found: list[Timed] = []
     for operation in reversed(operations):
         if operation.name in _READS_OUT:
-            found.append(operation)
+            if operation.own:
+                found.append(operation)
             only = True
         else:
             results = [storage for storage in operation.makes if storage not in operation.reads]
@@ -85,7 +86,7 @@ def _only_read_out(operations: list[Timed]) -> list[Timed]:
                 results = []
             else:
                 only = bool(results) and all(feeding.get(storage, False) for storage in results)
-            if only and not operation.view:
+            if only and not operation.view and operation.own:
                 found.append(operation)
         for storage in operation.reads:
             if not operation.view:

@@ -5,9 +5,11 @@ Seconds are the process's own, so that what else the machine does is not counted
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sickbay.exams.trace import ModulePath, conditions_of
-from sickbay.patient import ForwardCall, bare, tensors_in, user_line
+from sickbay.patient import OWN_FOLDER, ForwardCall, bare, is_user_file, tensors_in, user_line
 
 _MOST_BYTES = 1 << 30  # results held while the dataflow is followed
 _MOST_OPERATIONS = 60_000
+_PASSED_ON_BY = ("/torch/_tensor.py", "/torch/functional.py", "/torch/nn/functional.py", "/torch/_ops.py", "/torch/overrides.py")
 _VIEWS = frozenset(
     [
         "view",
@@ -44,7 +47,10 @@ _VIEWS = frozenset(
 
 @dataclass(eq=False)
 class Timed:
-    """One aten operation: processor `seconds`, the user's `line`, the storages it read, made and wrote into."""
+    """One aten operation: processor `seconds`, the user's `line`, the storages it read, made and wrote into.
+
+    `own`: the user's code asked for it, not a library that the line calls.
+    """
 
     name: str
     function: Any
@@ -56,6 +62,7 @@ class Timed:
     module: str
     reads: tuple[int, ...]
     makes: tuple[int, ...]
+    own: bool = True
 
     @property
     def view(self) -> bool:
@@ -99,8 +106,22 @@ class Profiler(TorchDispatchMode):
         reads = tuple(_storage(tensor) for _, tensor in tensors_in((args, kwargs)))
         self._bytes += sum(tensor.nbytes for _, tensor in tensors_in(result) if _storage(tensor) not in reads)
         name = func._schema.name.split("::")[-1]
-        operations.append(Timed(name, func, args, kwargs, result, seconds, user_line(2), self._path.current, reads, makes))
+        line, own = user_line(2), asked_by_user()
+        operations.append(Timed(name, func, args, kwargs, result, seconds, line, self._path.current, reads, makes, own))
         return result
+
+
+def asked_by_user() -> bool:
+    """True where the innermost frame is the user's, apart from ours and torch's plain functions and methods."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if is_user_file(name):
+            return True
+        if not name.startswith(OWN_FOLDER) and not name.endswith(_PASSED_ON_BY) and "/torch/utils/" not in name:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _storage(tensor: Tensor) -> int:

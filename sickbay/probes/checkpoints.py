@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from sickbay.core.record import RecordWriter
-from sickbay.patient import Patient, is_user_file, user_line
+from sickbay.patient import Patient, bare_optimizer, is_user_file, user_line
 from sickbay.probes.loop import Loop
 from sickbay.probes.unseen import unseen
 
@@ -116,7 +116,7 @@ class Checkpoints:
             module = resumed.module()
             if module is not None and any(id(parameter) in held for parameter in module.parameters()):
                 resumed.began_fresh = not optimizer.state and not late
-                mine = [s for s in tuple(self._schedulers) if getattr(s, "optimizer", None) is optimizer]
+                mine = [s for s in tuple(self._schedulers) if bare_optimizer(getattr(s, "optimizer", None)) is optimizer]
                 before = max(resumed.file.schedule, 0 if resumed.file.schedule else resumed.file.count)
                 resumed.schedule_fresh = bool(mine) and before > 1 and all(s.last_epoch <= 1 for s in mine)
 

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from sickbay.core.rates import Plan
 from sickbay.core.record import RecordWriter
-from sickbay.patient import Patient, user_line
+from sickbay.patient import Patient, bare_optimizer, user_line
 from sickbay.probes.loop import Loop
 from sickbay.probes.schedule_plan import parts_of, plan_of
 from sickbay.probes.step_calls import step_calls
@@ -92,6 +92,7 @@ class Schedules:
         optimizer = getattr(scheduler, "optimizer", None) or next((part.optimizer for part in parts_of(scheduler)), None)
         if optimizer is None or scheduler in self._known:
             return
+        optimizer = bare_optimizer(optimizer)
         self.loop.off("step_end", self)
         self.loop.on("step_end", self, self.step_end)
         held = self._known[scheduler] = Held(weakref.ref(scheduler), type(scheduler).__name__, source)
