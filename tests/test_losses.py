@@ -47,3 +47,28 @@ def test_a_mean_and_single_losses_agree(tmp_path: Path) -> None:
     mean = trained(tmp_path / "mean", lambda model, x, y: nn.functional.cross_entropy(model(x), y))
     assert single["eval_loss"].values == pytest.approx(mean["eval_loss"].values)
     assert single["train_loss"].values == mean["train_loss"].values
+
+
+def test_a_loss_beside_no_grad_is_an_evaluations_where_its_forward_was(tmp_path: Path) -> None:
+    """Outputs computed under no_grad and scored outside of it; a training output that is scored detached stays training's."""
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 4), torch.arange(24) % 3
+    trained_on, known = [], []
+    with sickbay.watch(out=tmp_path / "run"):
+        model = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = model(x[:16])
+            nn.functional.cross_entropy(output.detach(), y[:16])
+            loss = nn.functional.cross_entropy(output, y[:16])
+            loss.backward()
+            optimizer.step()
+            trained_on.append(loss.item())
+            with torch.no_grad():
+                output = model(x[16:])
+            known.append(float(nn.functional.cross_entropy(output, y[16:])))
+    chart = load_chart(tmp_path / "run")
+    assert chart["eval_loss"].values == pytest.approx(known)
+    assert chart["validation_loss"].values == pytest.approx(known)
+    assert chart["train_loss"].values == pytest.approx(trained_on)

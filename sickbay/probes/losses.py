@@ -82,7 +82,8 @@ class Losses:
             reduction=str(kwargs.get("reduction", "mean")),
             value=value,
             source=user_line(3),
-            grad_enabled=torch.is_grad_enabled(),
+            # What was computed under no_grad may be scored outside of it; a detached output of a training forward is none of an evaluation.
+            grad_enabled=torch.is_grad_enabled() and (value.requires_grad or not self.patient.without_gradient),
             smoothing=float(kwargs.get("label_smoothing", 0.0)),
         )
         self.patient.add_loss(call)
