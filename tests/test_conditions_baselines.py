@@ -153,10 +153,14 @@ def test_without_new_rows_nothing_is_said(short: Chart) -> None:
     assert isinstance(verdict("unlearnable-data", short), NotExamined)
 
 
-@pytest.mark.parametrize(("rate", "repeats", "sick"), [(0.46, 180, True), (0.44, 180, False), (0.5, 90, False), (0.0, 199, False)])
-def test_equal_inputs_with_unequal_targets(rate: float, repeats: int, sick: bool) -> None:
+@pytest.mark.parametrize(
+    ("rate", "repeats", "gain", "sick"),
+    [(0.46, 180, 0.0, True), (0.44, 180, 0.0, False), (0.5, 90, 0.0, False), (0.0, 199, 0.0, False), (0.46, 180, 0.05, False)],
+    ids=["no better than chance", "a tenth is told", "seldom repeated", "the same answer", "the model tells true pairs from others"],
+)
+def test_equal_inputs_with_unequal_targets(rate: float, repeats: int, gain: float, sick: bool) -> None:
     note = {"rows": 200, "repeats": repeats, "inputs": 200 - repeats, "rate": rate, "marginal": 0.5}
-    readings = [*pairs(0.05)["pairing_gain"]]
+    readings = [*pairs(gain, dependence=12.0)["pairing_gain"]]
     answer = verdict(
         "unlearnable-data", chart(pairing_gain=readings, input_conflicts=[Reading(100, "input_conflicts", rate * repeats / 200, note=note)])
     )

@@ -146,7 +146,9 @@ class Pairing:
         self._rows, self._source = (count, width), call.source
         self._classes = call.classifies
         gain, rolled = scores
-        marks = row_marks(inputs, count, len(gain))
+        # One input may be asked several questions, each with a loss of its own.
+        question = zlib.crc32(f"{call.name} {call.logits.shape[1:]} {call.source}".encode())
+        marks = [mark ^ question for mark in row_marks(inputs, count, len(gain))]
         targets = call.targets.detach().reshape(count, width)[: len(gain)]
         fresh = np.array([mark not in self._last for mark in marks])
         self._examples.add(inputs, targets, fresh, count, self._classes, call.ignore_index)

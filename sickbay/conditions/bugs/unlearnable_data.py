@@ -24,7 +24,7 @@ Zhang et al. 2017, arXiv 1611.03530 (networks fit random labels, so a falling tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sickbay.core.chart import Chart, Reading
@@ -51,7 +51,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     for found in chart["input_conflicts"]:
         note = found.note
         many = note["repeats"] >= max(FEWEST, REPEATED * note["rows"])
-        if many and note["marginal"] > VARIED and note["rate"] >= SAME * note["marginal"]:
+        if many and note["marginal"] > VARIED and note["rate"] >= SAME * note["marginal"] and not _told(chart["pairing_gain"]):
             text = f"{note['rows']} rows had {note['inputs']} inputs, and rows of one input had as unlike targets as any rows."
             return Diagnosis(text, (Evidence(found, 0.0),), "critical", found.step, source=found.source)
     if chart.last_step < STEPS:
@@ -60,11 +60,16 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     rows = sum(int(r.note["rows"]) for r in late)
     if rows < ROWS:
         return NotExamined(f"{rows} rows that the model had not been trained on were seen late enough; this needs {ROWS}")
-    gain, error = pooled((r.value, r.note["error"]) for r in late)
     tested = next(iter(chart["input_dependence"]), None)
-    if gain > TOLD * error or tested is None or tested.note["noise"] or tested.note["columns"] < COLUMNS or tested.value > DEPENDENT:
+    if _told(late) or tested is None or tested.note["noise"] or tested.note["columns"] < COLUMNS or tested.value > DEPENDENT:
         return None
-    return _nothing_told(late[-1], tested, rows, gain, error)
+    return _nothing_told(late[-1], tested, rows, *pooled((r.value, r.note["error"]) for r in late))
+
+
+def _told(gains: Iterable[Reading]) -> bool:
+    """True if the model tells true pairs from others; where it does, equal inputs of unlike targets are asked different questions."""
+    gain, error = pooled((reading.value, reading.note["error"]) for reading in gains)
+    return gain > TOLD * error
 
 
 def _nothing_told(last: Reading, tested: Reading, rows: int, gain: float, error: float) -> Diagnosis:
