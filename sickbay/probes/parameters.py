@@ -24,6 +24,8 @@ _Pair = tuple[str, Tensor, str, Tensor]  # an embedding's name and weight, a lin
 _LOOK_AT = (0, 1, 2, 5, 20, 100)
 _TIED = re.compile(r"(^|_)(tie|tied|tying|share|shared)(_|$)")
 _MAX_NAMES = 32
+_NEW_MODELS = 8  # that come after the first step: sets are looked at again for each, at steps up to _AGAIN
+_AGAIN = 3
 _SURE_AFTER = 2  # steps of the optimizer, before what runs without gradients counts as never trained
 
 
@@ -52,9 +54,12 @@ class Parameters:
         self._reported: set[tuple[str, ...]] = set()
         self._graph_looks = 0
         self._called: weakref.WeakKeyDictionary[nn.Module, Called] = weakref.WeakKeyDictionary()
+        self._new_models = self._again = 0
 
     def forward_begin(self, call: ForwardCall) -> None:
         before = self._called.get(call.module)
+        if before is None and call.grad_enabled and self.record.step > 0 and self._new_models < _NEW_MODELS:
+            self._new_models, self._again, self._graph_looks = self._new_models + 1, _AGAIN, 0
         graph = call.grad_enabled or (before is not None and before.step == self.record.step and before.graph)
         self._called[call.module] = Called(self.record.step, graph, call.source)
 
@@ -80,8 +85,9 @@ class Parameters:
     def step_begin(self, optimizer: Any, late: bool) -> None:
         count = self._steps.get(optimizer, 0)
         self._steps[optimizer] = count + 1
-        if count not in _LOOK_AT:
+        if count not in _LOOK_AT and not self._again:
             return
+        self._again = max(0, self._again - 1)
         self.patient.optimizers.add(optimizer)
         held = {id(p): p for o in self.patient.optimizers for group in o.param_groups for p in group["params"]}
         model = {id(p): (name, p) for root in self._trained_roots() for name, p in named_parameters(root)}
