@@ -49,6 +49,7 @@ _MASKS_AT = (0, 1, 2, 5, 20, 100)
 _INTERNALS_AT = (0, 5, 15, 40, 100, 200, 400, 800, 1600, 3200, 6400)
 _CHEAP = 0.15  # seconds of processor time: a question this cheap may be asked a few times early, so that short runs are looked at as well
 _CHEAP_QUESTIONS = 4
+_ONCE = 0.5  # seconds of processor time: a question this cheap is put once more when padding is first seen
 _PADDING_WITHIN = 200  # forwards in which a model that has seen no padding yet is watched for it
 _NO_HISTORY = "does not require grad and does not have a grad_fn"
 _STRETCH = ("forward_begin", "forward_end", "backward_asked", "backward_end")  # where what is between model and backward begins and ends
@@ -181,8 +182,10 @@ class Examiner:
             asked.pads = declared_ids(bare(call.module))
         if not may_hold_padding([tensor for _, tensor in tensors_in((call.args, call.kwargs))], asked.pads):
             return False
+        if asked.masks_cost > _ONCE and not self.asking.affordable():
+            return False
         asked.pads = frozenset()
-        return asked.masks_cost < _CHEAP or self.asking.affordable()
+        return True
 
     def _due(self, asked: Asked, forwards: int, cost: float) -> bool:
         """The first questions are asked in any case, cheap ones a few times more; then the purse decides."""

@@ -12,6 +12,7 @@ from sickbay.exams.sequences import Lookup, Observation, distinct, is_position_l
 
 _RUN = 3  # of an id that stands inside rows as well: two in a row at an end are chance among few ids
 _BOUNDED_ROWS = 8  # that agree in where they end: of fewer, sorted digits may do so by chance
+_LOOKED_AT = 4  # rows that an examination runs again
 _SEGMENT_NAMES = ("token_type",)
 
 
@@ -171,6 +172,25 @@ def config_value(module: nn.Module | None, name: str) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return value
     return None
+
+
+def declared_ids(module: nn.Module) -> frozenset[int]:
+    """The ids that the model's embeddings or its configuration call padding."""
+    found = {int(part.padding_idx) for part in module.modules() if isinstance(part, nn.Embedding) and part.padding_idx is not None}
+    told = config_value(module, "pad_token_id")
+    return frozenset(found if told is None else {*found, told})
+
+
+def may_hold_padding(tensors: list[Tensor], pad_ids: frozenset[int]) -> bool:
+    """True if an edge of a grid of ids on the CPU has one of `pad_ids` more than once, also in its first rows. Microseconds."""
+    for tensor in tensors:
+        whole = not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.device.type == "cpu"
+        if whole and tensor.dim() == 2 and tensor.numel() and 1 not in tensor.shape:
+            edges = (tensor[0], tensor[-1], tensor[:, 0], tensor[:, -1])
+            hits = [edge == pad for edge in edges for pad in pad_ids]
+            if any(bool(hit[:_LOOKED_AT].any()) and int(hit.sum()) > 1 for hit in hits):
+                return True
+    return False
 
 
 def find_documents(
