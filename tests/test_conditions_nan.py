@@ -127,6 +127,26 @@ def test_attention_that_collapses_after_large_first_updates_is_suspected() -> No
         assert verdict("learning-rate-too-high", chart(loss=FALLING, **healthy)) is None, why
 
 
+def test_a_loss_that_jumps_and_stands_after_several_large_updates_is_suspected() -> None:
+    loss, large = [4.4, 4.2, 3.6, 8.0, *wobble(116, 3.2, 0.05)], updates([0.11, 0.12, 0.13, 0.16, 0.03])
+    found = finding("learning-rate-too-high", chart(loss=loss, ngram_loss={100: 2.2, 110: 2.1, 119: 2.2}, **large))
+    assert (found.certainty, found.severity) == ("suspected", "warning")
+    assert "counting pairs and triples of tokens gives 2.2" in found.summary
+    for why, readings in {
+        "no jump: whatever is trained can do no more": {
+            "loss": [4.4, 4.2, 3.6, 3.5, *wobble(116, 3.2, 0.05)],
+            "ngram_loss": [2.2],
+            **large,
+        },
+        "three large updates": {"loss": loss, "ngram_loss": [2.2], **updates([0.11, 0.12, 0.13, 0.03])},
+        "as good as counting": {"loss": loss, "ngram_loss": [3.0], **large},
+        "counting is not known": {"loss": loss, **large},
+        "still falling": {"loss": [4.4 * 0.99**step for step in range(120)], "ngram_loss": [1.0], **large},
+        "too short": {"loss": loss[:49], "ngram_loss": [2.2], **large},
+    }.items():
+        assert verdict("learning-rate-too-high", chart(**readings)) is None, why  # type: ignore[arg-type]
+
+
 def test_stuck_at_a_uniform_guess_after_large_first_updates_is_suspected() -> None:
     stuck = [3.6, 3.8, 3.7, *wobble(97, 3.47, 0.01)]
     chance = [Reading(0, "chance_loss", math.log(32), note={"classes": 32})]

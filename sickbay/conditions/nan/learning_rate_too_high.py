@@ -41,12 +41,14 @@ LOSS_RISE = Threshold(1.2, "x loss before", source=_CALIBRATED)
 RUINOUS_RISE = Threshold(2.0, "x loss before", source=_CALIBRATED)
 AT_CHANCE = Threshold(0.03, "share of chance loss", source="three times the step-to-step noise of a run stuck at a uniform guess")
 STUCK_STEPS = Threshold(50, "steps", source="healthy runs of such update ratios leave the uniform guess within 30 steps")
+STANDS = Threshold(0.95, "share of loss", source="a run that gets anywhere loses a twentieth between its second quarter and its last")
+ABOVE = Threshold(1.15, "x loss of counting", source="whoever stays a seventh above counts of pairs and triples has learnt little")
 LARGE_SCORE = Threshold(100.0, "score", source="Kimi K2 report 2025: QK-clip's threshold")
 ONE_HOT = Threshold(0.05, "share of ln n", source="Zhai et al. 2023: entropy collapse, heads near one-hot")
 HUGE_GRADIENT = Threshold(100.0, "L2 norm", source="audit limit for a global gradient norm; here only: whose fault is the update's size")
 ZERO_WEIGHT = Threshold(1e-3, "L2 norm", source="a tensor that starts at zero has no relative update: LoRA's B, zero-initialised outputs")
 NOT_MATRICES = ("bias", "norm.weight", "ln.weight", "ln_f.weight", "ln_1.weight", "ln_2.weight")
-FIRST, END, LOOKS = 3, 10, 4  # readings that make up the start, and the end; looks at attention that show a growth
+FIRST, END, LOOKS = 3, 10, 4  # readings that make up the start, and the end; large updates, or looks at attention, that show a habit
 FOLLOWS = (0.5, 10.5)  # x learning rate times gradient: 1 for SGD, up to 10 with momentum 0.9; Adam's depends on the tensor's size
 
 
@@ -55,7 +57,7 @@ def diagnose(chart: Chart) -> Diagnosis | None:
     large = [reading for reading in typical if reading.value > LARGE_UPDATE]
     if len(large) >= 2 and not _gradient_is_to_blame(chart):
         harm, certainty = _harm(chart, large[0].step)
-        harm, certainty = (harm, certainty) if harm else (_collapsed(chart), "suspected")
+        harm, certainty = (harm, certainty) if harm else (_collapsed(chart) or _stands(chart, large), "suspected")
         limit, seen = LARGE_UPDATE, large
     else:
         early = [reading for reading in typical[:FIRST] if reading.value > EARLY_UPDATE]
@@ -125,6 +127,19 @@ def _collapsed(chart: Chart) -> str:
     return ""
 
 
+def _stands(chart: Chart, large: list[Reading]) -> str:
+    """That a loss which jumped after several large updates stands far above what counting tokens gives, in words; else empty."""
+    losses, counted = chart["loss"].finite().values, median([reading.value for reading in chart["ngram_loss"]][-END:])
+    quarter, peak = len(losses) // 4, max(losses, default=0.0)
+    if len(large) < LOOKS or len(losses) < STUCK_STEPS or peak <= RUINOUS_RISE * min(losses[: losses.index(peak) + 1]):
+        return ""
+    before, end = median(losses[quarter : 2 * quarter]), median(losses[-quarter:])
+    if end > STANDS * before and end > ABOVE * counted:
+        text = f"the loss jumped to {number(peak)} and stands at {number(end)}"
+        return f"{text}, though counting pairs and triples of tokens gives {number(counted)}"
+    return ""
+
+
 def _gradient_is_to_blame(chart: Chart) -> bool:
     """True where gradients are huge from the first step and the updates are learning rate times gradient, unclipped."""
     first = [r.value for r in chart["grad_norm"] if math.isfinite(r.value)][:FIRST]
@@ -153,7 +168,7 @@ condition = Condition(
     needs=("update_ratio", "loss"),
     uses=(
         *("grad_norm", "param_grad_norm", "weight_norm", "learning_rate", "clip_norm", "chance_loss"),
-        *("attention_logit_max", "attention_entropy"),
+        *("attention_logit_max", "attention_entropy", "ngram_loss"),
     ),
     diagnose=diagnose,
     prescribes=("lower-learning-rate",),
@@ -162,6 +177,7 @@ condition = Condition(
         "loss-spike",
         "attention-logit-growth",
         "clipping-saturated",
+        "loss-plateau",
         "half-precision-overflow",
         "non-finite-weights",
         "repetitive-generation",
