@@ -136,12 +136,14 @@ def schedule(function: Callable[[int], float], steps: int, *planned: Reading, **
     return ask("schedule-misconfigured", chart(learning_rate=rates(function, steps), scheduler_steps=list(planned), **more))
 
 
+ROWS = Reading(0, "batch_rows", 32, note={"promised": 32, "batches": 1})
 SICK = [
     ("never stepped", lambda: schedule(lambda s: 1.0, 60, scheduler(0, 60, own_loop=True, planned=60))),
     ("as per epoch", lambda: schedule(lambda s: 1.0, 60, scheduler(3, 60, 3, planned=60))),
     ("as if planned in epochs", lambda: schedule(cosine(5), 60, scheduler(60, 60, planned=5))),
     ("2 times per update", lambda: schedule(cosine(30), 60, scheduler(120, 60, planned=60))),
     ("4 times the 60 updates", lambda: schedule(cosine(240), 60, scheduler(60, 60, planned=240), backwards_since_step=[4.0] * 60)),
+    ("number of rows in a batch", lambda: schedule(cosine(1920), 60, scheduler(60, 60, planned=1920), batch_rows=[ROWS])),
     ("longer than the run", lambda: schedule(lambda s: s / 500, 60, scheduler(60, 60, planned=60, warmup=500))),
     ("longer than the run", lambda: schedule(lambda s: s / 500, 60, update_ratio=[1e-4] * 60)),
     ("turns round", lambda: schedule(cosine(40), 70)),
@@ -155,6 +157,7 @@ HEALTHY = [
     lambda: schedule(lambda s: 1.0, 60, scheduler(0, 60, own_loop=True, kind="constant")),
     lambda: schedule(lambda s: 1.0, 60, scheduler(3, 60, 3, planned=100)),
     lambda: schedule(cosine(400), 60, scheduler(60, 60, planned=400)),
+    lambda: schedule(cosine(1800), 60, scheduler(60, 60, planned=1800), batch_rows=[ROWS]),
     lambda: schedule(lambda s: s / 500, 60, scheduler(60, 60, planned=10_000, warmup=500), update_ratio=[0.02] * 60),
     lambda: schedule(lambda s: (s / 500) ** 2, 60, scheduler(60, 60, planned=2000, warmup=500), update_ratio=[1e-3] * 60),
     lambda: schedule(cosine(30), 60, scheduler(60, 60, kind="restarts")),
@@ -204,6 +207,19 @@ def test_a_rate_is_too_low_where_the_same_direction_leads_much_further() -> None
     assert isinstance(verdict, Diagnosis)
     assert "1000 times" in verdict.summary
     assert (verdict.step, verdict.source) == (8, LINE)
+
+
+def test_where_answers_are_yes_or_no_their_frequency_is_what_guessing_gives() -> None:
+    losses, small = [0.69 + noise(step) / 100 for step in range(60)], {"1": 0.689999, "10": 0.68999, "100": 0.6899, "1000": 0.689}
+    readings = {
+        "learning_rate": rates(lambda s: 1.0, 60),
+        "update_ratio": [1e-7] * 60,
+        "step_gain": [gain(8, 0.69, small), gain(16, 0.69, small)],
+    }
+    found = ask("learning-rate-too-low", chart(loss=losses, frequency_loss=[0.692, 0.693], **readings))
+    assert isinstance(found, Diagnosis)
+    assert ask("learning-rate-too-low", chart(loss=losses, **readings)) is None, "what guessing gives is not known"
+    assert ask("learning-rate-too-low", chart(loss=losses, frequency_loss=[2.0], **readings)) is None, "much was learned before"
 
 
 def test_small_steps_are_right_where_longer_ones_gain_little_or_the_run_moves() -> None:

@@ -45,6 +45,8 @@ FEWEST, START, END = 30, 5, 10  # steps: of a run that can be judged; readings t
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     losses, chance = chart["loss"].values, chart["chance_loss"].median()
+    if chance != chance and len(chart["frequency_loss"]):
+        chance = chart["frequency_loss"][-1].value  # answers of yes or no: guessing by how often each comes
     first, last = median(losses[:START]), median(losses[-END:])
     if len(losses) < FEWEST:
         return NotExamined(f"the run has {len(losses)} steps; this needs {FEWEST}")
@@ -104,7 +106,7 @@ condition = Condition(
     id="learning-rate-too-low",
     symptom="updates are tiny and the loss hardly moves, though a longer step in the same direction lowers it",
     needs=("update_ratio", "learning_rate", "loss"),
-    uses=("step_gain", "chance_loss"),
+    uses=("step_gain", "chance_loss", "frequency_loss"),
     diagnose=diagnose,
     prescribes=("raise-learning-rate",),
     leads_to=("loss-plateau", "clipping-saturated", "repetitive-generation", "incoherent-generation"),

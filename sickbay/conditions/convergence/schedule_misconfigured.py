@@ -94,7 +94,9 @@ def _length_wrong(chart: Chart, scheduler: Reading, rates: Rates, built: str) ->
         return _found(scheduler, text, 0, rates)
     micro = round(chart["backwards_since_step"].median()) if len(chart["backwards_since_step"]) else 1
     world = int(chart.facts.get("world_size", 1) or 1)
-    for count, what in ((world, "processes"), (micro, "micro-batches of a step"), (world * micro, "processes and micro-batches")):
+    rows = max((int(reading.note.get("promised") or 0) for reading in chart["batch_rows"]), default=1)
+    counts = ((world, "processes"), (micro, "micro-batches of a step"), (world * micro, "processes and micro-batches"))
+    for count, what in (*counts, (rows, "rows in a batch")):
         if count > 1 and each == 1 and planned and abs(planned / updates / count - 1) <= EXACT:
             text = f"{built}, {count} times the {updates} updates: the number of {what} was counted in"
             return _found(scheduler, text, 0, rates)
@@ -177,7 +179,7 @@ condition = Condition(
     id="schedule-misconfigured",
     symptom="the learning-rate schedule is never stepped, counted in the wrong unit, over too early, or rises again",
     needs=("learning_rate",),
-    uses=("scheduler_steps", "backwards_since_step", "update_ratio"),
+    uses=("scheduler_steps", "backwards_since_step", "update_ratio", "batch_rows"),
     diagnose=diagnose,
     prescribes=("count-schedule-steps", "clamp-schedule"),
     leads_to=("learning-rate-too-low", "loss-plateau", "repetitive-generation", "incoherent-generation"),
