@@ -124,6 +124,13 @@ def test_a_finding_names_operation_number_limit_and_line() -> None:
     assert str(finding.evidence[0]) == "first_nonfinite 3 (limit 0 elements)"
 
 
+def test_a_nan_that_a_carried_state_brings_back_is_not_the_batch_s() -> None:
+    state = born("", operand(-3, 3, nonfinite=1, name="states.0"), phase="input", sample=0, step=8)
+    overflow = born("exp", operand(-1, 104), step=7)
+    assert verdict("non-finite-input", chart(first_nonfinite=[overflow, state])) is None
+    assert verdict("softmax-overflow", chart(first_nonfinite=[overflow, state])) is not None
+
+
 def test_the_batch_and_sample_are_named() -> None:
     finding = verdict("non-finite-input", chart(first_nonfinite=[MADE_BY[-2][2]]))
     assert isinstance(finding, Diagnosis)

@@ -57,3 +57,15 @@ def test_a_model_that_comes_later_and_is_not_trained_is_fine(tmp_path: Path) -> 
         for index in range(8):
             step(net if index < 4 else nn.Sequential(late, net), optimizer)
     assert not checkup(doctor.chart(), [conditions()["optimizer-missing-parameters"]]).diagnoses
+
+
+def test_adapters_added_behind_the_optimizer_s_back(tmp_path: Path) -> None:
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        net = model().requires_grad_(False)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        net.append(nn.Linear(3, 3))
+        for _ in range(6):
+            step(net, optimizer)
+    found = checkup(doctor.chart(), [conditions()["optimizer-missing-parameters"]]).diagnoses
+    assert [one.severity for one in found] == ["critical"]
+    assert "3.weight" in found[0].summary

@@ -112,7 +112,8 @@ class Parameters:
         used = [distance for key, (_, distance) in reached.items() if key in held]
         own = [p for group in optimizer.param_groups for p in group["params"]]
         stale = [p for p in own if model and id(p) not in model and id(p) not in reached and p.grad is None]
-        if not missing or not (used or stale):
+        idle = bool(own) and all(p.grad is None for p in own)  # as where it was built before what is trained, which is frozen since
+        if not missing or not (used or stale or idle):
             return
         if stale:
             shapes = [list(p.shape) for p in stale[:_MAX_NAMES]]
@@ -123,7 +124,7 @@ class Parameters:
         elif stale:
             kind = "created-later"
         else:
-            kind = "upstream" if min(distance for _, _, distance in missing) > max(used) else "skipped"
+            kind = "upstream" if used and min(distance for _, _, distance in missing) > max(used) else "skipped"
         if tuple(names) in self._reported:
             return
         self._reported.add(tuple(names))

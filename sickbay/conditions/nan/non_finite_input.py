@@ -32,8 +32,9 @@ from sickbay.core.nonfinite import Origin, origins
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
-    for origin in origins(chart["first_nonfinite"]):
-        if origin.phase == "input" and not _is_mask(origin):
+    met = origins(chart["first_nonfinite"])
+    for origin in met:
+        if origin.phase == "input" and not _is_mask(origin) and not _was_made_before(origin, met):
             reading, sample = origin.reading, origin.reading.note.get("sample")
             which = f"sample {sample} of the batch" if sample is not None else "the batch"
             name = f" in {origin.first.name!r}" if origin.first.name else ""
@@ -46,7 +47,7 @@ def diagnose(chart: Chart) -> Diagnosis | None:
                 where=reading.where,
                 source=reading.source,
             )
-    return _from_outside(origins(chart["first_nonfinite"]))
+    return _from_outside(met)
 
 
 def _from_outside(found: Iterable[Origin]) -> Diagnosis | None:
@@ -64,6 +65,11 @@ def _from_outside(found: Iterable[Origin]) -> Diagnosis | None:
         source=reading.source,
         certainty="likely",
     )
+
+
+def _was_made_before(origin: Origin, met: Iterable[Origin]) -> bool:
+    """True where an operation of an earlier step made a NaN of finite operands: a state that is carried on brings it back as an input."""
+    return any(one.reading.step < origin.reading.step and one.op and not one.reading.note.get("ungraded") for one in met)
 
 
 def _is_mask(origin: Origin) -> bool:
