@@ -79,7 +79,9 @@ def _against_plan(chart: Chart, scheduler: Reading, by_optimizer: dict[str, list
     if seldom and warmup >= 2 * FEW and taken <= MISSED * warmup and updates >= warmup:
         text = f"{scheduler.where} warms up for {warmup} steps and was stepped {taken:.0f} times in {updates} updates, as per epoch"
         return _found(scheduler, text, 0, rates)
-    if seldom or note["stopped"] or note["kind"] == "restarts":
+    # A cosine whose warm-up is longer than its plan swings from step to step after it, which looks like restarts.
+    waves = note["kind"] == "restarts" and not (planned and warmup > max(planned, taken))
+    if seldom or note["stopped"] or waves:
         return None
     return _length_wrong(chart, scheduler, rates, built)
 
