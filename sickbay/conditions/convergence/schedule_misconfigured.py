@@ -142,8 +142,15 @@ def _by_shape(chart: Chart, rates: Rates, source: str) -> Diagnosis | None:
 
 
 def _small_updates(chart: Chart, rates: Rates) -> bool:
-    """True if in the run's second half the updates were smaller than healthy ones at a full rate."""
-    moved = [reading.value for reading in chart["update_ratio"] if reading.step >= rates.steps[len(rates.steps) // 2]]
+    """True if in the run's second half, or when last looked at, the updates were smaller than healthy ones at a full rate.
+
+    Those seen only before it are taken as large as the rate makes them at its end.
+    """
+    seen = chart["update_ratio"]
+    moved = [reading.value for reading in seen if reading.step >= rates.steps[len(rates.steps) // 2]]
+    last = max((reading.step for reading in seen if rates.at(reading.step) > 0), default=None)
+    if not moved and last is not None:
+        moved = [reading.value * rates.peak / rates.at(last) for reading in seen if reading.step == last]
     return bool(moved) and sorted(moved)[len(moved) // 2] < ORDINARY
 
 
