@@ -190,3 +190,20 @@ def test_outputs_of_an_evaluation_are_seen_where_they_lie(how: str, rows: int, t
         del output
     found = chart_of(record)["evaluation_outputs"]
     assert (found[-1].value if found else 0) == rows * 5 * 50 * 4
+
+
+@pytest.mark.parametrize(("kept", "graphs"), [(99, 4), (1, 0)], ids=["all of them", "the newest"])
+def test_graphs_of_short_evaluations_are_seen_when_they_outlive_others(kept: int, graphs: int, tmp_path: Path) -> None:
+    patient, record, model = Patient(), RecordWriter(tmp_path, 0), nn.Linear(4, 5)
+    probe = evaluation_memory.EvaluationMemory(patient, record, Loop(patient, record))
+    probe._trained.add(model)
+    held: list[torch.Tensor] = []
+    for _ in range(4):
+        model.eval()
+        for _ in range(2):
+            held = [*held, model(torch.ones(3, 4))][-kept:]
+            probe.forward_end(ForwardCall(model, (), {}, True, False, torch.get_rng_state(), "eval.py:1"), held[-1])
+        probe.backward_begin(model.train()(torch.ones(3, 4)).sum(), "backward")
+        record.end_step()
+    found = [reading.value for reading in chart_of(record)["evaluation_graphs"]]
+    assert max(found, default=0) == graphs

@@ -19,6 +19,7 @@ SIGNALS = ("evaluation_graphs", "evaluation_outputs")
 
 _KEY = "sickbay-forward"
 _FEWEST = 4  # forwards without a backward: two or three belong to losses that compare outputs
+_EVALUATIONS = 2  # older ones with graphs alive: one may be the best so far
 _MOST = 512
 _NODES = 100_000
 _WORTH = 8 << 20  # bytes of outputs below which it does not matter that they are kept
@@ -42,6 +43,7 @@ class EvaluationMemory:
         self.patient, self.record, self.loop = patient, record, loop
         self._pending: list[tuple[weakref.ref[_Forward], bool, str, int]] = []
         self._kept: dict[bool, int] = {True: 0, False: 0}
+        self._stayed: list[tuple[weakref.ref[_Forward], int, str, int]] = []  # of short evaluations; the number is the step
         self._outputs: list[tuple[int, StorageWeakRef]] = []
         self._given_out = 0
         self._form: tuple[int, int, torch.dtype] = (0, 0, torch.float32)
@@ -121,16 +123,30 @@ class EvaluationMemory:
                 self._trained.add(call.module)
         if not self._pending:
             return
-        if len(self._pending) > _FEWEST and loss is not None and kind != "func":
+        evaluated = any(not training for _, training, *_ in self._pending)
+        if (evaluated or len(self._pending) > _FEWEST) and loss is not None and kind != "func":
             reached = _reached(loss)
-            self._in_vain([entry for entry in self._pending if not (forward := entry[0]()) or forward not in reached])
+            vain = [entry for entry in self._pending if not (forward := entry[0]()) or forward not in reached]
+            self._in_vain(vain)
+            self._outlive(vain)
         self._pending.clear()
         self._kept = {True: 0, False: 0}
+
+    def _outlive(self, vain: list[tuple[weakref.ref[_Forward], bool, str, int]]) -> None:
+        """Evaluations of one or two forwards show what they keep by the graphs of earlier ones that are still alive."""
+        self._stayed = [entry for entry in self._stayed if entry[0]() is not None][-_MOST:]
+        if len({step for _, step, *_ in self._stayed}) >= _EVALUATIONS and len(self._stayed) >= _FEWEST:
+            note = {"kept": len(self._stayed), "bytes": max(size for *_, size in self._stayed), "mode": "evaluation"}
+            self.record.read("evaluation_graphs", len(self._stayed), note=note, source=self._stayed[0][2])
+            self._stayed.clear()
+        self._stayed += [(forward, self.record.step, source, size) for forward, training, source, size in vain if not training]
 
     def finish(self) -> None:
         """What ends with the run was an evaluation, if it was in evaluation mode."""
         self._evaluation_over()
-        self._in_vain([entry for entry in self._pending if not entry[1]])
+        vain = [entry for entry in self._pending if not entry[1]]
+        self._in_vain(vain)
+        self._outlive(vain)
         self._pending.clear()
 
     def _in_vain(self, entries: list[tuple[weakref.ref[_Forward], bool, str, int]]) -> None:
