@@ -275,11 +275,12 @@ class RecordWriter:
     def _kept_in_tail(self, size: int) -> bool:
         """True when nothing but steps waits to be written, and the newest is safe without a commit."""
         due = time.monotonic() >= self._commit_at or self._waiting > self._max_bytes // 64 or self._tail is None or self.stopped
-        if due or self._retry_at or not self._batch or any(sql is not _STEP for sql, _ in self._batch[self._plain :]):
+        count = len(self._batch)  # a signal handler may add to it at any time
+        if due or self._retry_at or not count or any(sql is not _STEP for sql, _ in self._batch[self._plain : count]):
             return False
-        self._plain = len(self._batch)
+        self._plain = count
         self._waiting += size
-        return not size or (self._tail is not None and self._tail.keep(self._batch[-1][1]))
+        return not size or (self._tail is not None and self._tail.keep(self._batch[count - 1][1]))
 
     def _pack(self) -> int:
         if not (self._scalars or self._tables or self._extras):
