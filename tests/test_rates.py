@@ -13,6 +13,7 @@ import torch
 from torch.optim import lr_scheduler as schedulers
 
 import sickbay
+from sickbay.conditions.convergence import missing_warmup
 from sickbay.core.chart import Chart, Reading
 from sickbay.core.condition import checkup
 from sickbay.core.diagnosis import Diagnosis, NotExamined
@@ -255,6 +256,19 @@ def test_missing_warmup_needs_an_overshoot_and_its_harm() -> None:
     assert start(thrown, overshot, lambda s: min(1.0, (s + 1) / 10)) is None
     assert start([3.2 - 0.02 * s for s in range(60)], overshot) is None
     assert isinstance(start(thrown[:20], overshot), NotExamined)
+
+
+@pytest.mark.parametrize(("first", "explained"), [(0.01, True), (1e-5, False)], ids=["reached at first", "never reached"])
+def test_a_gradient_that_faded_since_its_first_step_is_the_missing_warmups_doing(first: float, explained: bool) -> None:
+    values = [first] * 4 + [0.1] * 4
+    depth = [Reading(0, "gradient_by_depth", v, f"h.{i}", note={"depth": i, "size": 1.0}) for i, v in enumerate(values)]
+    overshot = [gain(1, 3.2, {"0.01": 3.19, "0.1": 3.1, "1": 6.0})]
+    stuck = chart(
+        loss=[3.2, *[3.21] * 120], learning_rate=rates(lambda s: 1.0, 121), chance_loss=[3.2], step_gain=overshot, gradient_by_depth=depth
+    )
+    found = missing_warmup.diagnose(stuck)
+    assert isinstance(found, Diagnosis)
+    assert ("vanishing-gradients" in found.explains) == explained
 
 
 def plateau(losses: list[float], **more: Any) -> Diagnosis | NotExamined | None:

@@ -37,6 +37,7 @@ OVERSHOT = Threshold(
 RISE = Threshold(1.3, "x first loss", source="calibration: healthy runs without warm-up rise by up to a fifth in their first steps")
 AT_CHANCE = Threshold(0.05, "share of chance loss", source="a run stuck at a uniform guess stays this close to it")
 TOO_LONG = Threshold(0.1, "x step", source="where a tenth of the step is still too long the rate is too high altogether")
+REACHED = Threshold(1e-2, "x late layers'", source="calibration on healthy networks: the gradient of the first layers is never below it")
 SETTLED = Threshold(0.9, "x first loss", source="a run that has lost a tenth of its first loss has got going")
 EARLY, FEWEST, STUCK, SMOOTH = 8, 30, 100, 3  # steps: that count as the start; of a run judged; of one that is stuck. Readings per median
 
@@ -63,7 +64,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
         step=overshot[0].step,
         source=chart["learning_rate"][0].source or worst.source,
         certainty="suspected",
-        explains=("learning-rate-too-high", "loss-spike"),
+        explains=("learning-rate-too-high", "loss-spike", *(("vanishing-gradients",) if _reached_at_first(chart) else ())),
     )
 
 
@@ -74,6 +75,14 @@ def _overshot(reading: Reading) -> bool:
     if tenth is None or reading.note["best"] != TOO_LONG:
         return False
     return tenth < before and (whole is None or whole - tenth > OVERSHOT * abs(before))
+
+
+def _reached_at_first(chart: Chart) -> bool:
+    """True if the first look found a gradient in the first layers: where it has faded since, the first steps did it."""
+    seen = chart["gradient_by_depth"].finite()
+    start = sorted((r for r in seen if r.step == seen[0].step), key=lambda r: float(r.note.get("depth") or 0))
+    quarter = len(start) // 4
+    return quarter > 0 and median([r.value for r in start[:quarter]]) > REACHED * median([r.value for r in start[-quarter:]])
 
 
 def _harm(chart: Chart, losses: list[float]) -> str:
@@ -99,7 +108,7 @@ condition = Condition(
     id="missing-warmup",
     symptom="full learning rate at the first step, which overshoots and throws the run back",
     needs=("learning_rate", "loss"),
-    uses=("step_gain", "chance_loss"),
+    uses=("step_gain", "chance_loss", "gradient_by_depth"),
     diagnose=diagnose,
     prescribes=("warm-up-learning-rate",),
     leads_to=("learning-rate-too-high", "loss-plateau", "attention-logit-growth", "repetitive-generation", "incoherent-generation"),
