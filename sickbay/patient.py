@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -262,6 +262,27 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
         for key, item in items:
             for path, tensor in tensors_in(item, depth + 1):
                 yield (f"{key}.{path}" if path else str(key)), tensor
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `change` made to each tensor in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        changed = {key: mapped(item, change) for key, item in value.items()}
+        return changed if type(value) is dict else _rebuilt(value, changed)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, change) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(item, change) for item in value)
+    return value
+
+
+def _rebuilt(value: Any, changed: dict[Any, Any]) -> Any:
+    """A mapping of the same class (transformers' BatchEncoding among them), a dict where that cannot be built."""
+    with contextlib.suppress(Exception):
+        return type(value)(changed)
+    return changed
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sickbay.checklist.target import Target, mapped, tensors
-from sickbay.patient import tensors_in
+from sickbay.checklist.target import Target, tensors
+from sickbay.patient import mapped, tensors_in
 
 Convention = Literal["own", "model, batch", "batch", "outputs, targets"]
 _MODEL_NAMES = ("model", "net", "module", "network")

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from sickbay.checklist.calling import Calling, first_rows
 from sickbay.checklist.overfit import _without_dropout
 from sickbay.checklist.result import Finding, Row
-from sickbay.checklist.target import Target, mapped
+from sickbay.checklist.target import Target
 from sickbay.core.diagnosis import Threshold, number
-from sickbay.patient import is_user_file
+from sickbay.patient import is_user_file, mapped
 
 ROWS = 2
 GROUPS = 12

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from sickbay.checklist.isolation import randomness_kept
 from sickbay.core.errors import UsageError
-from sickbay.patient import is_user_file
+from sickbay.patient import is_user_file, mapped
 
 MOST_BATCHES = 24  # taken from the iterator; steps of the watched training
 MOST_BYTES = 256 << 20  # of all batches taken
@@ -129,30 +128,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `change` made to each tensor in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        changed = {key: mapped(item, change) for key, item in value.items()}
-        return changed if type(value) is dict else _rebuilt(value, changed)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, change) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(mapped(item, change) for item in value)
-    return value
-
-
 def copied(batch: Any) -> Any:
     """`batch` with its tensors cloned, so that a buffer that is filled anew cannot change it."""
     return mapped(batch, lambda tensor: tensor.detach().clone())
-
-
-def _rebuilt(value: Any, changed: dict[Any, Any]) -> Any:
-    """A mapping of the same class (transformers' BatchEncoding among them), a dict where that cannot be built."""
-    with contextlib.suppress(Exception):
-        return type(value)(changed)
-    return changed
 
 
 def _parts(value: Any, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sickbay.core.plan import STATE_COPIES, Parts
-from sickbay.patient import tensors_in
+from sickbay.patient import mapped, tensors_in
 
 
 @dataclass
@@ -99,13 +99,7 @@ def without_memory() -> Iterator[FakeTensorMode]:
 
 def imagined(mode: FakeTensorMode, value: Any) -> Any:
     """`value` with every tensor in it replaced by one without storage."""
-    if isinstance(value, Tensor):
-        return value if isinstance(value, torch._subclasses.FakeTensor) else mode.from_tensor(value.detach())
-    if isinstance(value, dict):
-        return {key: imagined(mode, inner) for key, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(imagined(mode, inner) for inner in value)
-    return value
+    return mapped(value, lambda tensor: tensor if isinstance(tensor, torch._subclasses.FakeTensor) else mode.from_tensor(tensor.detach()))
 
 
 def imagine_parameters(mode: FakeTensorMode, model: nn.Module) -> None:

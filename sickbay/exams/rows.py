@@ -11,6 +11,7 @@ from torch import Tensor
 from sickbay.exams.influences import even_rows
 from sickbay.exams.perturbation import NOISE
 from sickbay.exams.sequences import Observation, Rerun, float_leaves, time_axis
+from sickbay.patient import mapped
 
 
 def row_influence(again: Rerun, seen: Observation) -> tuple[float, int] | str:
@@ -69,10 +70,4 @@ def _batch_axes(given: tuple[int, ...], gave: tuple[int, ...], seen: Observation
 
 
 def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    if value is old:
-        return new
-    if isinstance(value, dict):
-        return {key: _replaced(item, old, new) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_replaced(item, old, new) for item in value)
-    return value
+    return mapped(value, lambda tensor: new if tensor is old else tensor)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.exams.trace import Intercept, ModulePath, Operation, Tracer, batch_size, rerun
-from sickbay.patient import ForwardCall, bare, tensors_in, user_line
+from sickbay.patient import ForwardCall, bare, mapped, tensors_in, user_line
 
 _LOOKUPS = ("embedding", "index", "index_select", "scatter_", "scatter")
 SOFTMAX = (
@@ -141,13 +141,7 @@ class Rerun:
 
 
 def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.float() if value.dtype in _HALF else value
-    if isinstance(value, dict):
-        return {key: _widened(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_widened(item) for item in value)
-    return value
+    return mapped(value, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
 
 
 def distinct(ids: Tensor) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from torch import Tensor
 from sickbay.exams.perturbation import Readout, Tokens, change, replacing
 from sickbay.exams.sequences import Rerun, float_leaves
 from sickbay.exams.trace import batch_size
+from sickbay.patient import mapped
 
 _ROWS = 4  # looked at, each by itself
 _LEAVES = ("pooled", "01")
@@ -63,7 +62,7 @@ def _ratio(again: Rerun, readout: Readout, tokens: Tokens, row: int, batch: int)
                 mine = mine.narrow(axis, 0, width) if mine.shape[axis] == length else mine
             return mine
 
-        again.call = dataclasses.replace(call, args=_mapped(call.args, part), kwargs=_mapped(call.kwargs, part))
+        again.call = dataclasses.replace(call, args=mapped(call.args, part), kwargs=mapped(call.kwargs, part))
         intercept = replacing(tokens, ~tokens.padding) if tokens is not None else None
         leaf = float_leaves(again(intercept))[readout.leaf].detach().double()
         again.call = call
@@ -72,11 +71,3 @@ def _ratio(again: Rerun, readout: Readout, tokens: Tokens, row: int, batch: int)
     whole = answers(length)
     own = change(whole, answers(length, Tokens(tokens.group, tokens.ids[row : row + 1], 1, tokens.padding[row : row + 1], tokens.seed)))
     return float(change(whole, answers(real)).mean()) / float(own.mean())
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    return type(value)(_mapped(item, change) for item in value) if type(value) in (tuple, list) else value

@@ -21,7 +21,7 @@ from sickbay.core.record import RecordWriter
 from sickbay.exams import copies, fork, loops, op_profile, products
 from sickbay.exams.asking import Asking
 from sickbay.exams.trace import batch_size
-from sickbay.patient import ForwardCall, Patient, bare, tensors_in
+from sickbay.patient import ForwardCall, Patient, bare, mapped, tensors_in
 from sickbay.probes.loop import Loop
 
 SIGNALS = ("float64_gain", "loop_gain", "broadcast_gain", "attention_gain", "copy_share", "single_forwards", "throughput_gain")
@@ -222,13 +222,7 @@ def question(call: ForwardCall, wide: bool, singles: int, most: float) -> dict[s
 
 def repeated(value: Any, times: int, rows: int) -> Any:
     """`value` with every tensor whose leading dimension is `rows` repeated along it."""
-    if isinstance(value, Tensor):
-        return torch.cat([value.detach()] * times) if value.dim() > 0 and value.shape[0] == rows else value
-    if isinstance(value, dict):
-        return type(value)({key: repeated(item, times, rows) for key, item in value.items()})
-    if type(value) in (tuple, list):
-        return type(value)(repeated(item, times, rows) for item in value)
-    return value
+    return mapped(value, lambda t: torch.cat([t.detach()] * times) if t.dim() > 0 and t.shape[0] == rows else t)
 
 
 def _together(call: ForwardCall, count: int, seconds: float, most: float) -> dict[str, Any]:
@@ -241,11 +235,7 @@ def _narrow(call: ForwardCall, seconds: float, most: float) -> dict[str, Any]:
     """What is left in float32 of a forward and backward; the copy's own weights are changed for it, and changed back."""
 
     def narrowed(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.float() if value.dtype == torch.float64 else value
-        if isinstance(value, dict):
-            return {key: narrowed(item) for key, item in value.items()}
-        return type(value)(narrowed(item) for item in value) if type(value) in (tuple, list) else value
+        return mapped(value, lambda tensor: tensor.float() if tensor.dtype == torch.float64 else tensor)
 
     module = bare(call.module)
     before = torch.get_default_dtype()
