@@ -239,7 +239,6 @@ class Examiner:
         """Should the next loss be NaN too, its lines and what has no gradient are known."""
         self._lines.again()
         for event in _STRETCH:
-            self.loop.off(event, self)
             self.loop.on(event, self, getattr(self, event))
 
     def _update_that_broke(self) -> Finding | None:

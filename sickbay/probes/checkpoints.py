@@ -29,6 +29,7 @@ SIGNALS = ("restored_state",)
 
 _COUNTER = re.compile(r"step|iter|epoch|update", re.IGNORECASE)
 _FRAMES = 8  # of the script above a load, in which the count may be read
+_STEP = ("step_begin", "step_end")
 _FILES = 8  # loaded ones that are remembered
 _MARKS = 4  # tensors by which a file's weights are recognised
 _AFTER = 10  # instructions in which what was read goes into a variable or a call
@@ -100,14 +101,8 @@ class Checkpoints:
         for file in self._files:
             if any((tensor := mark()) is not None and id(tensor) in values for mark in file.marks):
                 self._resumed = [*self._resumed[-_FILES + 1 :], Resumed(file, weakref.ref(module), user_line())]
-        if self._resumed:
-            self._listen(True)
-
-    def _listen(self, waiting: bool) -> None:
-        """The optimizers' steps are heard only while a run that was taken up again waits for its first."""
-        for event in ("step_begin", "step_end"):
-            self.loop.off(event, self)
-            if waiting:
+        if self._resumed:  # the optimizers' steps are heard only while a run that was taken up again waits for its first
+            for event in _STEP:
                 self.loop.on(event, self, getattr(self, event))
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
@@ -131,7 +126,8 @@ class Checkpoints:
             self.record.read("restored_state", len(missing), where=type(optimizer).__name__, note=note, source=resumed.source)
         self._resumed = [resumed for resumed in self._resumed if resumed.began_fresh is None]
         if not self._resumed:
-            self._listen(False)
+            for event in _STEP:
+                self.loop.off(event, self)
 
     # --- what is put around torch's own ------------------------------------------------------------------------------
     def around_load(self, original: Any) -> Any:

@@ -54,8 +54,7 @@ class EvaluationMemory:
 
     def forward_end(self, call: ForwardCall, output: Any) -> None:
         if call.grad_enabled:
-            if self._evaluated:
-                self._evaluation_over()
+            self._evaluation_over()
             if not self.loop.glances_at(call):
                 self._build(call, output)
         elif call.module in self._trained:
@@ -109,6 +108,8 @@ class EvaluationMemory:
         )
 
     def _evaluation_over(self) -> None:
+        if not self._evaluated:
+            return
         if self._evaluated >= _FEWEST:
             self._weigh()
         self._evaluated = self._given_out = 0
@@ -116,8 +117,7 @@ class EvaluationMemory:
         self._rows.clear()
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
-        if self._evaluated:
-            self._evaluation_over()
+        self._evaluation_over()
         if not self.loop.pace.resting:
             for call in self.patient.training_calls():
                 self._trained.add(call.module)

@@ -80,9 +80,11 @@ class Loop:
 
     # --- events ---------------------------------------------------------------------------------------------------
     def on(self, event: str, probe: Any, listener: Callable[..., None]) -> None:
-        """`listener` is called at every `event` until its probe fails once."""
-        self._listeners.setdefault(event, []).append((probe, listener))
-        self._told.clear()
+        """`listener` is called once at every `event`, however often this was said, until its probe fails once."""
+        listeners = self._listeners.setdefault(event, [])
+        if (probe, listener) not in listeners:
+            listeners.append((probe, listener))
+            self._told.clear()
 
     def off(self, event: str, probe: Any) -> None:
         """`probe` hears no `event` any more."""
@@ -132,9 +134,8 @@ class Loop:
     def drop(self, probe: Any, event: str, problem: Exception) -> None:
         """`probe` listens no more, and the report says why. Never raises."""
         name = getattr(probe, "__name__", type(probe).__name__).rsplit(".", 1)[-1]
-        for listeners in self._listeners.values():
-            listeners[:] = [(owner, listener) for owner, listener in listeners if owner is not probe]
-        self._told.clear()
+        for heard in self._listeners:
+            self.off(heard, probe)
         text = self.note_problem(name, event, problem)
         for signal in getattr(probe, "SIGNALS", ()):
             with contextlib.suppress(Exception):

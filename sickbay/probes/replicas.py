@@ -55,7 +55,6 @@ class Replicas:
         self._weights: list[float] = []
         self._gradients: list[float] = []
         self._around = ""
-        self._listens = False
 
     # --- events ---------------------------------------------------------------------------------------------------
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
@@ -150,10 +149,8 @@ class Replicas:
     # --- what is put around torch's own ------------------------------------------------------------------------------
     def listen(self) -> None:
         """Batches and weights are marked from now on: there is a process group."""
-        if not self._listens:
-            self._listens = True
-            for event in ("forward_begin", "backward_begin", "backward_end", "step_begin", "round_end"):
-                self.loop.on(event, self, getattr(self, event))
+        for event in ("forward_begin", "backward_begin", "backward_end", "step_begin", "round_end"):
+            self.loop.on(event, self, getattr(self, event))
 
     def around_start(self, original: Any) -> Any:
         @unseen

@@ -93,7 +93,6 @@ class Schedules:
         if optimizer is None or scheduler in self._known:
             return
         optimizer = bare_optimizer(optimizer)
-        self.loop.off("step_end", self)
         self.loop.on("step_end", self, self.step_end)
         held = self._known[scheduler] = Held(weakref.ref(scheduler), type(scheduler).__name__, source)
         self._by_optimizer.setdefault(optimizer, []).append(held)
