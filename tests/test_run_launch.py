@@ -67,7 +67,16 @@ def test_each_rank_keeps_its_own_exit_code(tmp_path: Path) -> None:
 
 
 def test_rank_zero_waits_only_so_long(tmp_path: Path) -> None:
-    write(tmp_path, "import os, time; time.sleep(8 * int(os.environ['RANK'])); 1 / int(os.environ['RANK'])")
+    write(
+        tmp_path,
+        """
+        import os, pathlib, time
+        if os.environ["RANK"] == "1":
+            while not pathlib.Path("run/report.html").exists():  # written last, by rank 0, which waits for us
+                time.sleep(0.1)
+        1 / int(os.environ["RANK"])
+        """,
+    )
     outcomes = together(tmp_path, "--out", "run", "script.py")
     assert [code for code, _, _ in outcomes] == [1, 0]
     assert any("ranks [1] had not ended" in problem for problem in report(tmp_path)["problems"])

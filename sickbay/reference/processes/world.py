@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,6 +104,9 @@ def together(kind: Parallel, device: str = "cpu", rows: int = 0) -> Iterator[Wor
         yield World(int(os.environ["RANK"]), size, kind, device)
     finally:
         torch.distributed.destroy_process_group()
+        # DDP and FSDP keep gloo's threads alive beyond this. A thread that lets go of the work it did last (which holds
+        # Python objects of the backward) once the interpreter is closing down aborts the process, so it may do that now.
+        time.sleep(0.2)
 
 
 def rows_by_process(name: str, config: Config, size: int) -> list[int] | None:
