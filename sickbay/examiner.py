@@ -26,6 +26,7 @@ from sickbay.exams.ungraded import Ungraded
 from sickbay.patient import Patient, bare, is_user_file, tensors_in
 from sickbay.probes import loss_lines
 from sickbay.probes.gradients import clean, parameter_names
+from sickbay.probes.graph import is_scaled
 from sickbay.probes.loop import Loop
 
 SIGNALS = (*masks.SIGNALS, *internals.SIGNALS, "first_nonfinite")
@@ -123,8 +124,14 @@ class Examiner:
             return
         calls = self.patient.training_calls()
         captured = [call for call in self.patient.losses if call.grad_enabled and not call.spent]
-        self._stretch.note(loss, bool(calls) and len(captured) == 1 and _is_scaled(loss, captured[0].nodes[1]))
+        self._stretch.note(loss, bool(calls) and len(captured) == 1 and is_scaled(loss, captured[0].nodes[1]))
         self._examine(self._asked.setdefault(calls[-1].module, Asked()) if calls else self._functional, loss)
+
+    def slept(self, nap: Any) -> None:
+        """Questions become due by the number of forwards, seen or not."""
+        asked = self._asked.get(nap.habit.module())
+        if asked is not None:
+            asked.forwards += 1
 
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
         if not self.patient.roots and kind != "func":
@@ -283,21 +290,6 @@ def _line_of(exception: BaseException) -> str:
     return next((f"{name}:{line}" for name, line in reversed(frames) if is_user_file(name)), "")
 
 
-def _is_scaled(loss: Tensor, made: int) -> bool:
-    """True if `loss` is what the node with sequence number `made` gave, times or over a constant at most.
-
-    Then the captured call suffices to rebuild it.
-    """
-    node: Any = loss.grad_fn
-    for _ in range(3):
-        if node is None or node._sequence_nr() == made:
-            return node is not None
-        if node.name() not in ("MulBackward0", "DivBackward0") or sum(child is not None for child, _ in node.next_functions) != 1:
-            return False
-        node = next(child for child, _ in node.next_functions if child is not None)
-    return node is not None and int(node._sequence_nr()) == made
-
-
 def attach(
     patient: Patient, record: RecordWriter, loop: Loop, folder: str | None, asked: frozenset[str] | None = None
 ) -> Callable[[], None]:
@@ -309,8 +301,9 @@ def attach(
         return lambda: None
     asking = Asking(patient, loop.note_problem)
     examiner = Examiner(patient, record, loop, folder, asking, asked)
-    for event in (*_STRETCH, "compiling", "backward_begin", "functional", "nonfinite", "gradient_absent", "failed", "round_end"):
+    for event in (*_STRETCH, "compiling", "backward_begin", "functional", "nonfinite", "gradient_absent", "failed", "round_end", "slept"):
         loop.on(event, examiner, getattr(examiner, event))
+    loop.sleeps(examiner, through=("backward_begin", "round_end"))
     detach = [examiner.detach]
     for name in EXAMS:
         try:

@@ -1,8 +1,9 @@
 """Trains in many styles and prints, as JSON, the hashes of everything that each training leaves behind.
 
-    python noninterference_trainings.py [--watch FOLDER] [NAME...]
+    python noninterference_trainings.py [--watch FOLDER [--sleepy]] [NAME...]
 
-It knows of sickbay only what `--watch` asks for: `with sickbay.watch()` around each training.
+It knows of sickbay only what `--watch` asks for: `with sickbay.watch()` around each training; `--sleepy`: which sleeps through
+steps as early as it can.
 """
 
 from __future__ import annotations
@@ -203,7 +204,25 @@ TRAININGS |= {
 ALONE = {"data parallel": data_parallel}
 
 
+def sleepy() -> list[Any]:
+    """From now on plain steps are slept through from the third on; the naps taken."""
+    from sickbay.probes import nap, pace
+
+    pace.CLOSELY, pace.BUDGET, pace._KEPT = 2, 1e-9, 1
+    taken: list[Any] = []
+    forward = nap.Nap.forward
+
+    def noted(self: Any, *args: Any) -> bool:
+        taken.append(self)
+        return forward(self, *args)
+
+    nap.Nap.forward = noted  # type: ignore[method-assign]
+    return taken
+
+
 def main(arguments: list[str]) -> None:
+    naps = sleepy() if "--sleepy" in arguments else []
+    arguments = [word for word in arguments if word != "--sleepy"]
     folder = arguments.pop(1) if arguments[:1] == ["--watch"] else None
     names = arguments[1:] if folder else arguments
     torch.set_num_threads(1)
@@ -221,6 +240,8 @@ def main(arguments: list[str]) -> None:
             found[name] = {**TRAININGS, **ALONE}[name]()
         found[name]["problems"] = doctor.chart().facts.get("problems", [])
         found[name]["steps"] = doctor.chart().facts["steps"]
+        found[name]["slept"] = sum(nap.stage == "backward" for nap in naps)
+        naps.clear()
     print(json.dumps(found))
 
 

@@ -28,8 +28,10 @@ from sickbay.exams import fork
 from sickbay.exams.fork import NoAnswer, ask
 from sickbay.patient import Patient
 from sickbay.probes import loop as loop_module
+from sickbay.probes import nap, pace
 from sickbay.probes.loop import Loop
 from sickbay.probes.losses import Losses
+from sickbay.probes.nap import Nap
 from sickbay.probes.outermost import Outermost
 
 ERRORS = (RuntimeError, MemoryError, KeyError, AssertionError, RecursionError, OSError, TypeError)
@@ -72,16 +74,40 @@ def train() -> str:
         with torch.no_grad():
             losses.append(loss_of(model, ids, targets).item())
         model.train()
+    sound = ByHand()
+    other = torch.optim.SGD(sound.parameters(), lr=0.01)
+    for step, (ids, targets) in enumerate(batches(24)):  # most of them are slept through, and some are woken from
+        other.zero_grad()
+        loss = loss_of(sound, ids, targets)
+        (loss + 0 * loss if step % 4 == 3 else loss).backward()
+        other.step()
     weight = torch.randn(3, requires_grad=True)
     losses.append(torch.func.grad(lambda w: (w**3).sum())(weight.detach()).tolist())
     torch.compile(lambda x: x, backend="eager")
     states = [random.getstate(), list(np.random.get_state()), torch.get_rng_state()]
-    return digest([losses, model.state_dict(), optimizer.state_dict(), [p.grad for p in model.parameters()], scaler.state_dict(), *states])
+    return digest(
+        [
+            losses,
+            model.state_dict(),
+            sound.state_dict(),
+            optimizer.state_dict(),
+            [p.grad for p in model.parameters()],
+            scaler.state_dict(),
+            *states,
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> str:
     return train()
+
+
+@pytest.fixture(autouse=True)
+def early_naps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps may be slept through after eight."""
+    for name, value in (("CLOSELY", 8), ("BUDGET", 1e-9), ("_KEPT", 1)):
+        monkeypatch.setattr(pace, name, value)
 
 
 @pytest.fixture
@@ -192,6 +218,8 @@ INTERNALS: list[tuple[Any, str]] = [
     (Losses, "_capture"),
     *((Outermost, name) for name in ("_stand_in", "_restore")),
     *((loop_module, name) for name in ("tensors_in", "closure_of")),
+    *((Nap, name) for name in ("forward", "lost", "backward", "step", "call", "loss")),
+    *((nap, name) for name in ("look", "habit_of", "Nap", "norms_of")),
 ]
 
 

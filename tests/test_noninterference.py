@@ -56,6 +56,24 @@ def test_no_difference(three: tuple[Hashes, Hashes, Hashes, Path], name: str) ->
     assert {part: watched[name][part] for part in bare[name]} == bare[name]
 
 
+@pytest.fixture(scope="module")
+def asleep(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
+    """All trainings inside a `watch` that sleeps through steps as early as it can."""
+    return _hashes(_start([sys.executable, str(SCRIPT), "--watch", "watches", "--sleepy"], tmp_path_factory.mktemp("sleepy")))
+
+
+@pytest.mark.parametrize("name", trainings.TRAININGS)
+def test_no_difference_by_steps_slept_through(three: tuple[Hashes, Hashes, Hashes, Path], asleep: Hashes, name: str) -> None:
+    bare, watched, _, _ = three
+    assert {part: asleep[name][part] for part in bare[name]} == bare[name]
+    assert (asleep[name]["problems"], asleep[name]["steps"]) == (watched[name]["problems"], watched[name]["steps"])
+
+
+def test_steps_were_slept_through(asleep: Hashes) -> None:
+    slept = {name for name, found in asleep.items() if found["slept"]}
+    assert {"by hand/fp32", "by hand/bf16", "reference/dropout"} <= slept, sorted(slept)
+
+
 @pytest.mark.parametrize("name", trainings.TRAININGS)
 def test_it_was_watched(three: tuple[Hashes, Hashes, Hashes, Path], name: str) -> None:
     """A watch that sees nothing would disturb nothing."""

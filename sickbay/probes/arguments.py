@@ -23,7 +23,9 @@ def noting(parameters: Generator[Any, Any, Any], given: list[Any]) -> Iterator[A
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The closure that an optimizer's step was given, or None."""
+    """The closure that an optimizer's step was given, or None. `args` begin with the optimizer itself."""
+    if len(args) < 2 and not kwargs:
+        return None
     return kwargs.get("closure") or next((a for a in args if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
 
 

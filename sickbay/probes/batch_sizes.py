@@ -66,5 +66,6 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     """From now on a training batch's rows are held against what loaders promise."""
     probe = BatchSizes(patient, record, loop)
     loop.on("backward_begin", probe, probe.backward_begin)
+    loop.sleeps(probe)
     loop.replace(DataLoader, "__init__", probe.around_loader)
     return lambda: None

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import Patient, tensors_in, user_line
-from sickbay.probes.gradients import norms_of, parameter_names
+from sickbay.probes.gradients import parameter_names
 from sickbay.probes.graph import leaves_of
 from sickbay.probes.loop import Loop
+from sickbay.probes.norms import norms_of
 
 SIGNALS = ("grad_norm", "param_grad_norm", "update_ratio", "weight_norm", "unmoved_share")
 
@@ -126,4 +127,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     probe = ByHand(patient, record, loop)
     for event in ("optimizer_created", "backward_begin", "backward_end", "functional", "round_end"):
         loop.on(event, probe, getattr(probe, event))
+    loop.sleeps(probe)  # an optimizer steps then
     return lambda: None

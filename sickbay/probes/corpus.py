@@ -144,4 +144,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     """From now on the tokens of sampled batches are counted."""
     probe = Corpus(patient, record, loop)
     loop.on("backward_begin", probe, probe.backward_begin)
+    loop.sleeps(probe)
     return lambda: None

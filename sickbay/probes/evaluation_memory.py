@@ -189,4 +189,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     probe = EvaluationMemory(patient, record, loop)
     for event in ("forward_end", "backward_begin", "finish"):
         loop.on(event, probe, getattr(probe, event))
+    loop.sleeps(probe)
     return lambda: None

@@ -293,4 +293,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     for event in ("forward_end", "loss", "backward_begin", "step_begin", "finish"):
         loop.on(event, probe, getattr(probe, event))
     loop.rests(probe, but=("forward_end",))
+    loop.sleeps(probe)
     return lambda: None

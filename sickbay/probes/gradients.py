@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sickbay.core.record import RecordWriter
 from sickbay.patient import Patient, user_line
 from sickbay.probes.loop import Loop
+from sickbay.probes.nap import Nap
+from sickbay.probes.norms import norms_of
 
 SIGNALS = ("loss", "grad_norm", "param_grad_norm", "clip_norm", "clip_on_scaled", "learning_rate", "nonfinite_step")
 
@@ -58,7 +60,7 @@ class Gradients:
                 self._shrink = max_norm / (norm + 1e-6)
 
     def step_begin(self, optimizer: Any, late: bool) -> None:
-        rates = [float(group["lr"]) for group in optimizer.param_groups if isinstance(group.get("lr"), (int, float))]  # Adafactor has None
+        rates = _rates(optimizer)
         if rates:
             self.record.read("learning_rate", max(rates), source=self._made_at.get(optimizer, ""))
         if self._clipped is not None and not self._pending:
@@ -87,6 +89,19 @@ class Gradients:
                 self.loop.emit("nonfinite", "gradient", None)
         self._shrink = 1.0
 
+    def slept(self, nap: Nap) -> None:
+        """All that is known of a step slept through."""
+        optimizer = nap.habit.optimizer()
+        rates = _rates(optimizer)
+        if rates:
+            nap.readings.append(("learning_rate", max(rates), self._made_at.get(optimizer, "")))
+        self.patient.norm_at_step = nap.norm
+        nap.readings += (("grad_norm", nap.norm, self._loss_line), ("loss", sum(nap.losses), self._loss_line))
+
+    def woken(self, nap: Nap) -> None:
+        """What such a step had told before something in it was not plain."""
+        self._losses.extend(nap.losses)
+
     def step_end(self, optimizer: Any) -> None:
         self.round_end(self.record.step)
 
@@ -105,27 +120,14 @@ class Gradients:
         return names
 
 
+def _rates(optimizer: Any) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups if isinstance(group.get("lr"), (int, float))]  # Adafactor has None
+
+
 def _left_out(optimizer: Any) -> bool:
     """True if a GradScaler has told a fused optimizer to leave this step out: its infinities are the scaler's business."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, Tensor) and bool(found.item())
-
-
-def norms_of(tensors: list[Tensor], extra: list[Tensor]) -> list[float]:
-    """The fp32 L2 norms of `tensors` followed by the scalars `extra`, with one host transfer per device."""
-    found: list[float] = [0.0] * (len(tensors) + len(extra))
-    by_device: dict[Any, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        by_device.setdefault((tensor.device, tensor.dtype), []).append(index)
-    for (_, dtype), indices in by_device.items():
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-        group = [tensors[i].detach() for i in indices]
-        norms = torch._foreach_norm(group, 2, dtype=wide) if wide else torch._foreach_norm(group, 2)
-        for index, value in zip(indices, torch.stack(norms).tolist()):
-            found[index] = value
-    for index, value in enumerate(extra):
-        found[len(tensors) + index] = value.item()
-    return found
 
 
 def parameter_names(patient: Patient) -> dict[int, str]:
@@ -150,6 +152,7 @@ def clean(name: str) -> str:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on every step's loss and gradient norms are written."""
     probe = Gradients(patient, record, loop)
-    for event in ("optimizer_created", "backward_begin", "clip", "step_begin", "step_end", "round_end"):
+    for event in ("optimizer_created", "backward_begin", "clip", "step_begin", "step_end", "round_end", "slept", "woken"):
         loop.on(event, probe, getattr(probe, event))
+    loop.sleeps(probe)
     return lambda: None

@@ -32,3 +32,18 @@ def leaves_with_distance(loss: Tensor) -> list[tuple[Tensor, int]]:
                 seen.add(following)
                 queue.append((following, distance + 1))
     return found
+
+
+def is_scaled(loss: Tensor, made: int) -> bool:
+    """True if `loss` is what the node with sequence number `made` gave, times or over a constant at most.
+
+    Then the captured call suffices to rebuild it.
+    """
+    node: Any = loss.grad_fn
+    for _ in range(3):
+        if node is None or node._sequence_nr() == made:
+            return node is not None
+        if node.name() not in ("MulBackward0", "DivBackward0") or sum(child is not None for child, _ in node.next_functions) != 1:
+            return False
+        node = next(child for child, _ in node.next_functions if child is not None)
+    return node is not None and int(node._sequence_nr()) == made

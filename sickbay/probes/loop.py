@@ -5,6 +5,7 @@ Events, in the order a plain loop causes them:
     unscaled()  clip(norm, max_norm, parameters)  step_begin(optimizer, late)  step_end(optimizer)  left_out(scale)  scaler(scale, skipped)
     round_end(step)  functional(rerun)  optimizer_created(optimizer)  compiling()  outgrown(function, operands, result, start)
 
+A step that is slept through (nap.py) causes none of these but slept(nap); or woken(nap), and then what is left of it.
 A step that is given a closure makes its gradients inside: closure_begin(optimizer) comes before it, step_begin with `late` after it.
 
 Only outermost module calls are seen (outermost.py). `kind` is "backward", "grad" (torch.autograd.grad) or "func".
@@ -29,12 +30,15 @@ from torch.optim import optimizer as optimizer_internals
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import ForwardCall, Patient, tensors_in
+from sickbay.probes import nap as naps
 from sickbay.probes.arguments import clip_arguments, closure_of, first_tensor, noting
 from sickbay.probes.outermost import Outermost, hook_id
 from sickbay.probes.pace import Pace
 from sickbay.probes.unseen import interpose, out_of_sight, unseen
 
 _MAX_PROBLEMS = 32
+_MAX_BACKWARDS = 64  # in a step that may be slept through
+_MAX_EVENTS = 8 * _MAX_BACKWARDS
 _OF_A_STEP = frozenset(("forward_begin", "forward_end", "loss", "outgrown", "backward_asked", "backward_begin", "backward_end", "clip"))
 _OF_A_STEP |= {"closure_begin", "step_begin", "step_end", "round_end"}
 
@@ -72,9 +76,15 @@ class Loop:
         self._undo: list[Callable[[], None]] = []
         self._thread, self._process = threading.get_ident(), os.getpid()
         self._backward_depth = 0
+        self._sleepers: dict[Any, frozenset[str]] = {}
+        self._events: list[str] = []  # of the step in progress
+        self._habit: naps.Habit | None = None
+        self.nap: naps.Nap | None = None  # where the step in progress is slept through
+        self._looks: list[naps.Look | None] = []  # at the backwards of the step in progress
+        self._all_sleep: bool | None = None
         self._round: list[int] = []
         self._last_round: list[int] = []
-        self._outermost = Outermost(self.awake, self._forward_begins, self._forward_ends, self.failed)
+        self._outermost = Outermost(self.awake, self._sleeps_through, self._forward_begins, self._forward_ends, self.failed)
         self._failed_before: set[tuple[str, str]] = set()
         self.problems: list[dict[str, Any]] = []
 
@@ -84,13 +94,13 @@ class Loop:
         listeners = self._listeners.setdefault(event, [])
         if (probe, listener) not in listeners:
             listeners.append((probe, listener))
-            self._told.clear()
+            self._listeners_changed()
 
     def off(self, event: str, probe: Any) -> None:
         """`probe` hears no `event` any more."""
         listeners = self._listeners.get(event, [])
         listeners[:] = [(owner, listener) for owner, listener in listeners if owner is not probe]
-        self._told.clear()
+        self._listeners_changed()
 
     def rests(self, probe: Any, but: tuple[str, ...] = ()) -> None:
         """From now on `probe` hears nothing of the steps that are only glanced at, from their first event to their last, `but` these.
@@ -98,7 +108,16 @@ class Loop:
         Whatever is called in such a step is no longer in the processor's caches, and costs several times its usual time.
         """
         self._resting[probe] = _OF_A_STEP.difference(but)
+        self._listeners_changed()
+
+    def sleeps(self, probe: Any, through: tuple[str, ...] = tuple(_OF_A_STEP)) -> None:
+        """`probe` may miss the events `through` of some steps; none is slept through while anyone hears others in a step glanced at."""
+        self._sleepers[probe] = frozenset(through)
+        self._listeners_changed()
+
+    def _listeners_changed(self) -> None:
         self._told.clear()
+        self._all_sleep = None
 
     def glances_at(self, call: ForwardCall) -> bool:
         """True for the first training forward of a step that is only glanced at; a second one before its backward is looked at."""
@@ -106,7 +125,11 @@ class Loop:
 
     def emit(self, event: str, *args: Any) -> None:
         """Tell all listeners; never raises. A mode that the script has switched on sees nothing of what they compute."""
+        if self.nap is not None and event != "slept":
+            self.wake()
         resting = self.pace.resting and event in _OF_A_STEP
+        if len(self._events) < _MAX_EVENTS:
+            self._events.append(event)
         listeners = self._told.get((event, resting))
         if listeners is None:
             everyone = self._listeners.get(event, ())
@@ -215,12 +238,60 @@ class Loop:
             call.output_shapes = [tuple(tensor.shape) for _, tensor in tensors_in(output)]
         self.emit("forward_end", call, output)
 
+    # --- steps slept through ------------------------------------------------------------------------------------------
+    def wake(self) -> None:
+        """The step in progress is slept through no longer: what was known of it is told, and its remaining events will be."""
+        nap, self.nap = self.nap, None
+        if nap is None or nap.stage == "idle":
+            return
+        with self.sheltered("woken"):
+            call = nap.call()
+            if call is not None:
+                self.patient.admit(call)
+            self.emit("woken", nap)
+
+    def _sleeps_through(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if self.nap is None:
+            return False
+        if self.nap.forward(module, args, kwargs):
+            return True
+        self.wake()
+        return False
+
+    def _all_may_sleep(self) -> bool:
+        if self._all_sleep is None:
+            self._all_sleep = all(
+                event in self._sleepers.get(probe, ()) or event in self._resting.get(probe, ())
+                for event in _OF_A_STEP
+                for probe, _ in self._listeners.get(event, ())
+            )
+        return self._all_sleep
+
+    def _backward_asleep(self, nap: naps.Nap, loss: Any) -> bool:
+        with self.sheltered("backward_begin"):
+            if nap.backward(loss):
+                return True
+            self.wake()
+        return False
+
+    def _end_nap(self, nap: naps.Nap) -> None:
+        try:
+            self.emit("slept", nap)
+            self.nap = None
+            self.record.read_plain(nap.readings)
+            self._next_step()
+        except Exception as problem:
+            self.nap = None
+            self.failed("step_end", problem)
+
     # --- gradients --------------------------------------------------------------------------------------------------
     def _around_backward(self, original: Any) -> Any:
         @unseen
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
             if self._backward_depth or not self.awake():
                 return original(tensors, *args, **kwargs)
+            if self.nap is not None and self._backward_asleep(self.nap, tensors):
+                return self._in_backward(original, tensors, *args, **kwargs)
             if isinstance(tensors, Iterator):
                 tensors = tuple(tensors)
             return self._during("backward", first_tensor(tensors), original, tensors, *args, **kwargs)
@@ -230,7 +301,7 @@ class Loop:
     def _around_method(self, original: Any) -> Any:
         @unseen
         def backward(*args: Any, **kwargs: Any) -> Any:
-            if self.awake() and not self._backward_depth:
+            if self.nap is None and self.awake() and not self._backward_depth:
                 self.emit("backward_asked")
             return original(*args, **kwargs)
 
@@ -252,19 +323,28 @@ class Loop:
 
     @unseen
     def _during(self, kind: str, loss: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.sheltered("backward_begin"):
+            self._looks.append(naps.look(self.patient, loss) if len(self._looks) < _MAX_BACKWARDS else None)
         self.emit("backward_begin", loss, kind)
         outermost = self._outermost.present
-        self._backward_depth += 1
         self._outermost.off()
+        try:
+            return self._in_backward(original, *args, **kwargs)
+        finally:
+            if not outermost and self._outermost.inside:
+                self._outermost.off()
+            self.emit("backward_end", loss, kind)
+            with self.sheltered("backward_end"):
+                self.patient.spend()
+
+    @unseen
+    def _in_backward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        self._backward_depth += 1
         try:
             return original(*args, **kwargs)
         finally:
             self._backward_depth -= 1
-            if outermost or not self._outermost.inside:
-                self._outermost.on()
-            self.emit("backward_end", loss, kind)
-            with self.sheltered("backward_end"):
-                self.patient.spend()
+            self._outermost.on()
 
     def _around_func(self, original: Any) -> Any:
         @unseen
@@ -288,6 +368,10 @@ class Loop:
     def _around_clip(self, original: Any) -> Any:
         @unseen
         def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
+            nap = self.nap
+            if nap is not None and nap.stage == "backward" and nap.clipped is None and threading.get_ident() == self._thread:
+                nap.clipped = total = original(*args, **kwargs)
+                return total
             if not self.awake() or len(args) + len(kwargs.keys() & {"parameters", "max_norm"}) < 2:
                 return original(*args, **kwargs)
             parameters, max_norm, args = clip_arguments(args, kwargs)
@@ -322,6 +406,10 @@ class Loop:
         if not self.awake():
             return
         with self.sheltered("step_begin"):
+            if self.nap is not None:
+                if self.nap.step(optimizer) and closure_of(args, kwargs) is None:
+                    return
+                self.wake()
             self._outermost.on()  # ctrl-C may have cut a forward short, and the script gone on
             if id(optimizer) in self._round:
                 # Another optimizer has taken over: what is known of this step's forward belongs to the step that begins.
@@ -335,13 +423,17 @@ class Loop:
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self.awake():
             return
-        with self.sheltered("step_end"):
-            if closure_of(args, kwargs) is not None:
-                self.emit("step_begin", optimizer, True)
-            self.emit("step_end", optimizer)
-            self._round.append(id(optimizer))
-            if self._round[-1] == (self._last_round or self._round)[-1]:
-                self._end_round()
+        if self.nap is not None:
+            self._end_nap(self.nap)
+        else:
+            with self.sheltered("step_end"):
+                if closure_of(args, kwargs) is not None:
+                    self.emit("step_begin", optimizer, True)
+                self.emit("step_end", optimizer)
+                self._round.append(id(optimizer))
+                if self._round[-1] == (self._last_round or self._round)[-1]:
+                    self._habit = naps.habit_of(self._events, self._looks, optimizer)
+                    self._end_round()
         if 0 < self.max_steps <= self.record.step:
             raise SystemExit(0)  # what the user asked for: the script ends here, as by its own sys.exit
 
@@ -358,9 +450,16 @@ class Loop:
         self.emit("round_end", self.record.step)
         if forget:
             self.patient.forget_step()
+        self._next_step()
+
+    def _next_step(self) -> None:
+        self._events.clear()
+        self._looks.clear()
         self.rounds += 1
         self.emit_seconds()
         self.pace.step_over(self.seconds - self.patient.exam_seconds)
+        may_sleep = self._habit is not None and self.pace.resting and self.pace.rests_next and self.rounds % naps.AWAKE_EVERY
+        self.nap = naps.Nap(self._habit) if may_sleep and self._habit is not None and self._all_may_sleep() else None
 
     def emit_seconds(self) -> None:
         """Write and commit the step; the time it takes counts as ours."""

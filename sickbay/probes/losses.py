@@ -16,6 +16,7 @@ from sickbay.core.record import RecordWriter
 from sickbay.patient import CLASSIFYING, LossCall, Patient, user_line
 from sickbay.probes.loop import Loop
 from sickbay.probes.loss_lines import call_beside
+from sickbay.probes.nap import Nap
 from sickbay.probes.unseen import interpose, unseen
 
 SIGNALS = ("train_loss", "eval_loss", "validation_loss", "chance_loss", "ignored_targets")
@@ -62,40 +63,71 @@ class Losses:
                 self._depth -= 1
             if self.loop.awake() or self.patient.muted:
                 with self.loop.sheltered("loss", self):
-                    self._capture(name, value, args, kwargs)
+                    nap = self.loop.nap
+                    if nap is None or self.patient.muted:
+                        self._capture(name, value, args, kwargs)
+                    elif not nap.lost(name, value, args, kwargs):
+                        self.loop.wake()
+                        self._capture(name, value, args, kwargs)
             return value
 
         return loss_function
 
-    def _capture(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def slept(self, nap: Nap) -> None:
+        nap.readings.append(("train_loss", sum(nap.values) / len(nap.values), ""))
+
+    def woken(self, nap: Nap) -> None:
+        """The loss of a step that was slept through so far."""
+        self._trained.extend(nap.values)
+        lost = nap.loss()
+        if lost is None:
+            return
+        call = self._call(*lost, source=nap.habit.loss_line)
+        if call is None:
+            return
+        call.nodes = nap.nodes
+        if nap.stage == "lost":
+            self._keep(call)
+        else:
+            call.spent = True
+            self.patient.losses.append(call)
+
+    def _call(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: str) -> LossCall | None:
         logits = args[0] if args else kwargs.get("input")
         targets = args[1] if len(args) > 1 else kwargs.get("target")
         if not (isinstance(logits, Tensor) and isinstance(targets, Tensor) and isinstance(value, Tensor)):
-            return
+            return None
         if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (logits, targets, value)):
-            return
-        call = LossCall(
+            return None
+        return LossCall(
             name=name,
             logits=logits,
             targets=targets,
             ignore_index=int(kwargs.get("ignore_index", args[4] if name in CLASSIFYING and len(args) > 4 else -100)),
             reduction=str(kwargs.get("reduction", "mean")),
             value=value,
-            source=user_line(3),
+            source=source,
             # What was computed under no_grad may be scored outside of it; a detached output of a training forward is none of an evaluation.
             grad_enabled=torch.is_grad_enabled() and (value.requires_grad or not self.patient.without_gradient),
             smoothing=float(kwargs.get("label_smoothing", 0.0)),
         )
+
+    def _capture(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._call(name, value, args, kwargs, user_line(3))
+        if call is not None:
+            self._keep(call)
+
+    def _keep(self, call: LossCall) -> None:
         self.patient.add_loss(call)
         if self.patient.muted:
             return
         if call.grad_enabled:
             self._training_loss(call)
-            if value.numel() == 1 and value.device.type == "cpu" and len(self._pending) < _MAX_EVALUATED:
+            if call.value.numel() == 1 and call.value.device.type == "cpu" and len(self._pending) < _MAX_EVALUATED:
                 self._pending.append((_asked(call), per_target(call), call.evaluating))
         else:
             self.patient.losses.pop()  # an evaluation's tensors must not be kept alive
-            if value.device.type == "cpu" and (value.numel() == 1 or call.reduction == "none") and value.numel():
+            if call.value.device.type == "cpu" and (call.value.numel() == 1 or call.reduction == "none") and call.value.numel():
                 self._evaluation(_asked(call), per_target(call), call.targets.numel())
         self.loop.emit("loss", call)
 
@@ -197,7 +229,9 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     undo = [interpose(getattr(F, name), functools.partial(probe.around, name)) for name in _FUNCTIONS]
     loop.on("backward_begin", probe, probe.backward_begin)
     loop.on("round_end", probe, probe.round_end)
-    loop.on("finish", probe, probe.finish)
+    for event in ("slept", "woken", "finish"):
+        loop.on(event, probe, getattr(probe, event))
+    loop.sleeps(probe)
 
     def detach() -> None:
         while undo:

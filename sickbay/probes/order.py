@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import Patient, user_line
-from sickbay.probes.gradients import norms_of
 from sickbay.probes.graph import leaves_of
 from sickbay.probes.loop import Loop
+from sickbay.probes.norms import norms_of
 
 SIGNALS = ("backwards_since_step", "backwards_without_step", "carried_gradient", "dropped_backwards", "loss_weight_sum")
 

@@ -81,17 +81,19 @@ class StandIn(OrderedDict[int, Any]):
 class Outermost:
     """Calls `begins(call)` and `ends(call, output)` around each outermost call of a module with parameters.
 
-    `awake`: asked before each; `failed(event, problem)`: told what went wrong in here, since nothing is raised.
+    `awake`: asked before each; `slept_through(module, args, kwargs)`: True for a call that neither is told of, after which no
+    module call is seen until `on`. `failed(event, problem)`: told what went wrong in here, since nothing is raised.
     """
 
     def __init__(
         self,
         awake: Callable[[], bool],
+        slept_through: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], bool],
         begins: Callable[[ForwardCall], None],
         ends: Callable[[ForwardCall, Any], None],
         failed: Callable[[str, Exception], None],
     ) -> None:
-        self._awake, self._begins, self._ends, self._failed = awake, begins, ends, failed
+        self._awake, self._slept_through, self._begins, self._ends, self._failed = awake, slept_through, begins, ends, failed
         self._id = hook_id()
         self._watching = True
         self._swapped: list[tuple[nn.Module, str, StandIn]] = []
@@ -124,13 +126,19 @@ class Outermost:
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         try:
-            if not self._awake() or torch._C._get_tracing_state() or not has_parameters(module):
+            if not self._awake() or torch._C._get_tracing_state():
+                return
+            kwargs = dict(sys._getframe(1).f_locals.get("kwargs") or {})
+            if self._slept_through(module, args, kwargs):
+                self.off()
+                return
+            if not has_parameters(module):
                 return
             self._restore()
             call = ForwardCall(
                 module=module,
                 args=args,
-                kwargs=dict(sys._getframe(1).f_locals.get("kwargs") or {}),
+                kwargs=kwargs,
                 grad_enabled=torch.is_grad_enabled(),
                 training=module.training,
                 rng=torch.get_rng_state(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import deque
 
 CLOSELY = 64  # steps from the start, and after each new optimizer, that are all looked at closely
 BUDGET = 0.004  # of a step's time, for what a close look costs beyond an ordinary step
@@ -21,8 +22,8 @@ class Pace:
         self._steps = 0
         self._ended = 0.0
         self._own = 0.0
-        self._walls: list[float] = []
-        self._costs: dict[bool, list[float]] = {True: [], False: []}
+        self._walls: deque[float] = deque(maxlen=_KEPT)
+        self._costs: dict[bool, deque[float]] = {True: deque(maxlen=_KEPT), False: deque(maxlen=_KEPT)}
 
     @property
     def rests_next(self) -> bool:
@@ -37,8 +38,8 @@ class Pace:
         """One step is over; `own`: seconds spent watching so far, exams left out."""
         now = time.perf_counter()
         if self._ended:
-            self._keep(self._walls, now - self._ended)
-            self._keep(self._costs[self.resting], own - self._own)
+            self._walls.append(now - self._ended)
+            self._costs[self.resting].append(own - self._own)
         self._ended, self._own = now, own
         self._steps += 1
         if self._steps >= CLOSELY and self._steps % _KEPT == 0:
@@ -53,9 +54,3 @@ class Pace:
         extra = max(0.0, statistics.median(self._costs[False]) - glance)
         # An odd number: loaders hand out batches in bunches of two, four or eight, and none of a bunch may escape for ever.
         self.every = min(RAREST, max(1, math.ceil(extra / (BUDGET * statistics.median(self._walls)))) | 1)
-
-    @staticmethod
-    def _keep(values: list[float], value: float) -> None:
-        values.append(value)
-        if len(values) > _KEPT:
-            del values[0]

@@ -289,4 +289,5 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     loop.on("backward_begin", probe, probe.backward_begin)
     loop.on("loss", probe, probe.loss)
     loop.on("finish", probe, probe.finish)
+    loop.sleeps(probe)
     return lambda: None

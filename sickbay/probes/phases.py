@@ -238,6 +238,9 @@ class Phases:
             self._open_gap(now)
             self._trace()
 
+    def slept(self, nap: Any) -> None:
+        self._count += 1
+
     def finish(self) -> None:
         self._write()
 
@@ -365,10 +368,22 @@ def _usual(seconds: list[float]) -> float:
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:
     """From now on the phases of each step are timed."""
     probe = Phases(patient, record, loop)
-    events = ("forward_begin", "forward_end", "loss", "backward_begin", "backward_end", "step_begin", "step_end", "round_end", "finish")
+    events = (
+        "forward_begin",
+        "forward_end",
+        "loss",
+        "backward_begin",
+        "backward_end",
+        "step_begin",
+        "step_end",
+        "round_end",
+        "slept",
+        "finish",
+    )
     for event in events:
         loop.on(event, probe, getattr(probe, event))
     loop.rests(probe, but=("round_end",))
+    loop.sleeps(probe)
     patient.compute_share = probe.compute_share
     loop.replace(dataloader._BaseDataLoaderIter, "__next__", probe.around_next)
 

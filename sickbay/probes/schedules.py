@@ -14,6 +14,7 @@ from sickbay.core.rates import Plan
 from sickbay.core.record import RecordWriter
 from sickbay.patient import Patient, bare_optimizer, user_line
 from sickbay.probes.loop import Loop
+from sickbay.probes.nap import Nap
 from sickbay.probes.schedule_plan import parts_of, plan_of
 from sickbay.probes.step_calls import step_calls
 from sickbay.probes.unseen import unseen
@@ -93,7 +94,10 @@ class Schedules:
         if optimizer is None or scheduler in self._known:
             return
         optimizer = bare_optimizer(optimizer)
+        self.loop.wake()
         self.loop.on("step_end", self, self.step_end)
+        self.loop.on("slept", self, self.slept)
+        self.loop.sleeps(self, through=("step_end",))
         held = self._known[scheduler] = Held(weakref.ref(scheduler), type(scheduler).__name__, source)
         self._by_optimizer.setdefault(optimizer, []).append(held)
         self._everyone.append((held, self._made_at.get(optimizer, "")))
@@ -117,6 +121,10 @@ class Schedules:
             if now != held.last:
                 held.moves += 1
                 held.last = now
+
+    def slept(self, nap: Nap) -> None:
+        """A step is counted, whether its events were told or not."""
+        self.step_end(nap.habit.optimizer())
 
     def _ask(self, function: Callable[[int], Any]) -> Plan:
         """The plan behind a user's function, if whoever listens can tell."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sickbay.core.record import RecordWriter
 from sickbay.patient import Patient, user_line
-from sickbay.probes.gradients import norms_of, parameter_names
+from sickbay.probes.gradients import parameter_names
 from sickbay.probes.loop import Loop
+from sickbay.probes.norms import norms_of
 
 SIGNALS = ("update_ratio", "weight_norm", "unmoved_share", "nonfinite_weight")
 
