@@ -129,9 +129,9 @@ class Examiner:
 
     def slept(self, nap: Any) -> None:
         """Questions become due by the number of forwards, seen or not."""
-        asked = self._asked.get(nap.habit.module())
-        if asked is not None:
-            asked.forwards += 1
+        if self not in nap.habit.kept:
+            nap.habit.kept[self] = self._asked.setdefault(nap.habit.module(), Asked())
+        nap.habit.kept[self].forwards += nap.habit.backwards
 
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
         if not self.patient.roots and kind != "func":

@@ -125,7 +125,7 @@ class Loop:
 
     def emit(self, event: str, *args: Any) -> None:
         """Tell all listeners; never raises. A mode that the script has switched on sees nothing of what they compute."""
-        if self.nap is not None and event != "slept":
+        if self.nap is not None:
             self.wake()
         resting = self.pace.resting and event in _OF_A_STEP
         if len(self._events) < _MAX_EVENTS:
@@ -267,6 +267,10 @@ class Loop:
             )
         return self._all_sleep
 
+    def napping(self) -> naps.Nap | None:
+        """The step slept through, where the caller is the training thread."""
+        return self.nap if self.nap is not None and threading.get_ident() == self._thread and not self.patient.muted else None
+
     def _backward_asleep(self, nap: naps.Nap, loss: Any) -> bool:
         with self.sheltered("backward_begin"):
             if nap.backward(loss):
@@ -274,24 +278,40 @@ class Loop:
             self.wake()
         return False
 
+    def _step_asleep(self, nap: naps.Nap, optimizer: Any, args: Any, kwargs: Any) -> bool:
+        with self.sheltered("step_begin"):
+            if nap.step(optimizer) and closure_of(args, kwargs) is None:
+                return True
+            self.wake()
+        return False
+
     def _end_nap(self, nap: naps.Nap) -> None:
+        began = time.perf_counter()
         try:
-            self.emit("slept", nap)
+            for probe, listener in tuple(self._listeners.get("slept", ())):
+                try:
+                    listener(nap)
+                except Exception as problem:
+                    self.drop(probe, "slept", problem)
             self.nap = None
             self.record.read_plain(nap.readings)
+            self.seconds += time.perf_counter() - began
             self._next_step()
         except Exception as problem:
             self.nap = None
-            self.failed("step_end", problem)
+            self.failed("slept", problem)
 
     # --- gradients --------------------------------------------------------------------------------------------------
     def _around_backward(self, original: Any) -> Any:
         @unseen
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._backward_depth or not self.awake():
+            if self._backward_depth:
                 return original(tensors, *args, **kwargs)
-            if self.nap is not None and self._backward_asleep(self.nap, tensors):
+            nap = self.napping()
+            if nap is not None and self._backward_asleep(nap, tensors):
                 return self._in_backward(original, tensors, *args, **kwargs)
+            if not self.awake():
+                return original(tensors, *args, **kwargs)
             if isinstance(tensors, Iterator):
                 tensors = tuple(tensors)
             return self._during("backward", first_tensor(tensors), original, tensors, *args, **kwargs)
@@ -368,8 +388,8 @@ class Loop:
     def _around_clip(self, original: Any) -> Any:
         @unseen
         def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
-            nap = self.nap
-            if nap is not None and nap.stage == "backward" and nap.clipped is None and threading.get_ident() == self._thread:
+            nap = self.napping()
+            if nap is not None and nap.stage == "backward" and nap.clipped is None:
                 nap.clipped = total = original(*args, **kwargs)
                 return total
             if not self.awake() or len(args) + len(kwargs.keys() & {"parameters", "max_norm"}) < 2:
@@ -403,13 +423,12 @@ class Loop:
         return __init__
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        nap = self.napping()
+        if nap is not None and self._step_asleep(nap, optimizer, args, kwargs):
+            return
         if not self.awake():
             return
         with self.sheltered("step_begin"):
-            if self.nap is not None:
-                if self.nap.step(optimizer) and closure_of(args, kwargs) is None:
-                    return
-                self.wake()
             self._outermost.on()  # ctrl-C may have cut a forward short, and the script gone on
             if id(optimizer) in self._round:
                 # Another optimizer has taken over: what is known of this step's forward belongs to the step that begins.
@@ -421,10 +440,11 @@ class Loop:
                 self.emit("closure_begin", optimizer)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not self.awake():
+        nap = self.napping()
+        if nap is not None:
+            self._end_nap(nap)
+        elif not self.awake():
             return
-        if self.nap is not None:
-            self._end_nap(self.nap)
         else:
             with self.sheltered("step_end"):
                 if closure_of(args, kwargs) is not None:

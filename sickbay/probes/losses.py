@@ -61,17 +61,22 @@ class Losses:
                 value = call_beside(original, args, kwargs)
             finally:
                 self._depth -= 1
+            nap = self.loop.napping()
+            if nap is not None and self._asleep(nap, name, value, args, kwargs):
+                return value
             if self.loop.awake() or self.patient.muted:
                 with self.loop.sheltered("loss", self):
-                    nap = self.loop.nap
-                    if nap is None or self.patient.muted:
-                        self._capture(name, value, args, kwargs)
-                    elif not nap.lost(name, value, args, kwargs):
-                        self.loop.wake()
-                        self._capture(name, value, args, kwargs)
+                    self._capture(name, value, args, kwargs)
             return value
 
         return loss_function
+
+    def _asleep(self, nap: Nap, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        with self.loop.sheltered("loss", self):
+            if nap.lost(name, value, args, kwargs):
+                return True
+            self.loop.wake()
+        return False
 
     def slept(self, nap: Nap) -> None:
         nap.readings.append(("train_loss", sum(nap.values) / len(nap.values), ""))

@@ -53,6 +53,7 @@ class Habit:
         self.backwards = len(looks)
         self.rows = _rows(call.args, call.kwargs)
         self.autocast, self.line, self.loss_line = call.autocast, call.source, lost.source
+        self.kept: dict[Any, Any] = {}  # what a probe has looked up about module and optimizer
 
 
 def habit_of(events: list[str], looks: list[Look | None], optimizer: Any) -> Habit | None:
@@ -65,7 +66,7 @@ def habit_of(events: list[str], looks: list[Look | None], optimizer: Any) -> Hab
 
 
 class Nap:
-    """One step slept through, and what of it has happened so far; nothing here keeps a graph alive.
+    """One step slept through, and what of it has happened so far; a graph is held between its loss and its backward at most.
 
     `losses`: what each backward began from, `values`: what the loss function gave, `nodes`: as a LossCall has them. `clipped`: what
     the script's clipping returned, None where it does not clip; `norm`: of the gradients before it. `readings`: (signal, value, the
@@ -102,7 +103,7 @@ class Nap:
         if not isinstance(value, Tensor) or not isinstance(logits, Tensor) or value.grad_fn is None or logits.grad_fn is None:
             return False
         self.nodes = logits.grad_fn._sequence_nr(), value.grad_fn._sequence_nr()
-        self._name, self._logits, self._value, self._rest = name, logits.detach(), value.detach(), (args[1:], kwargs)
+        self._name, self._logits, self._value, self._rest = name, logits, value, (args[1:], kwargs)
         self.stage = "lost"
         return True
 
@@ -114,9 +115,9 @@ class Nap:
         if not math.isfinite(number):
             return False
         self.losses.append(number)
-        self.values.append(self._value.item())
+        self.values.append(number if loss is self._value else self._value.item())
         self._form = self._logits.shape, self._logits.dtype
-        del self._logits  # its memory is the script's to free
+        del self._logits, self._value  # graph and memory are the script's to free
         self.stage = "backward"
         return True
 
@@ -159,7 +160,7 @@ class Nap:
         if self.stage == "lost":
             return self._name, self._value, (self._logits, *args), kwargs
         shape, dtype = self._form
-        return self._name, self._value, (torch.empty(shape, dtype=dtype, device="meta"), *args), kwargs
+        return self._name, torch.tensor(self.values[-1]), (torch.empty(shape, dtype=dtype, device="meta"), *args), kwargs
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
