@@ -171,27 +171,30 @@ def test_whatever_is_not_plain_wakes(tmp_path: Path, what: str) -> None:
     assert TROUBLE - 1 in slept and TROUBLE not in slept and len(slept) > STEPS / 3
 
 
-def test_what_is_held_is_let_go(tmp_path: Path, taken: list[str]) -> None:
-    """No batch, no logits and no graph of a step slept through outlives it."""
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_held_is_let_go(tmp_path: Path, taken: list[str], accumulate: int) -> None:
+    """No logits and no graph of a step slept through outlive its backward, and of its batches only the newest does, until the step."""
     torch.manual_seed(0)
     alive: list[weakref.ref[Any]] = []
     with sickbay.watch(out=tmp_path / "run"):
         model = Tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         for _ in range(STEPS):
-            batch = torch.rand(6, 4)
-            logits = model(batch)
-            loss = F.cross_entropy(logits, torch.randint(0, 3, (6,)))
-            mark = Tiny()  # lives as long as the graph's last node
-            loss.grad_fn.metadata["mark"] = mark
-            alive += [weakref.ref(batch), weakref.ref(mark), weakref.ref(logits)]
-            del mark
             optimizer.zero_grad()
-            del logits
-            loss.backward()
-            assert alive[-1]() is None
+            for _ in range(accumulate):
+                assert sum(ref() is not None for ref in alive) <= 1
+                batch = torch.rand(6, 4)
+                logits = model(batch)
+                loss = F.cross_entropy(logits, torch.randint(0, 3, (6,)))
+                mark = Tiny()  # lives as long as the graph's last node
+                loss.grad_fn.metadata["mark"] = mark
+                alive += [weakref.ref(batch), weakref.ref(mark), weakref.ref(logits)]
+                del mark, logits
+                loss.backward()
+                assert alive[-1]() is None
+                del loss, batch
+                gc.collect()
             optimizer.step()
-            del loss, batch
             gc.collect()
             assert all(ref() is None for ref in alive)
     assert taken

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sickbay.patient import ForwardCall, LossCall, Patient, tensors_in
+from sickbay.patient import ForwardCall, Patient, tensors_in
 from sickbay.probes.graph import is_scaled
 from sickbay.probes.norms import norms_of
 
@@ -24,7 +24,15 @@ AWAKE_EVERY = 8  # steps: this often one that could be slept through is not, for
 _OF_A_BACKWARD = ("backward_asked", "backward_begin", "backward_end", "forward_begin", "forward_end", "loss")
 _OF_A_STEP = ("step_begin", "step_end")
 
-Look = tuple[ForwardCall, LossCall]
+
+class Look(NamedTuple):
+    """What of one backward tells whether steps are plain. `rows`: of what the module was called with; lines: of that call and the loss."""
+
+    module: weakref.ref[nn.Module]
+    rows: int
+    autocast: tuple[str, torch.dtype] | None
+    line: str
+    loss_line: str
 
 
 def look(patient: Patient, loss: Any) -> Look | None:
@@ -37,22 +45,16 @@ def look(patient: Patient, loss: Any) -> Look | None:
     plain = call.training and call.grad_enabled and lost.grad_enabled and lost.reduction == "mean"
     if not plain or patient.scale != 1.0 or patient.distributed or not is_scaled(loss, lost.nodes[1]):
         return None
-    return call, lost
+    return Look(weakref.ref(call.module), _rows(call.args, call.kwargs), call.autocast, call.source, lost.source)
 
 
 class Habit:
-    """What the run's plain steps have in common; module and optimizer are held weakly.
-
-    `backwards`: in one step. `rows`: of what the module is called with. `line`, `loss_line`: where the user calls module and loss.
-    """
+    """What the run's plain steps have in common; module and optimizer are held weakly. `backwards`: in one step."""
 
     def __init__(self, looks: list[Look], optimizer: Any) -> None:
-        (call, lost), *_ = looks
-        self.module: weakref.ref[nn.Module] = weakref.ref(call.module)
+        self.module, self.rows, self.autocast, self.line, self.loss_line = looks[0]
         self.optimizer: weakref.ref[Any] = weakref.ref(optimizer)
         self.backwards = len(looks)
-        self.rows = _rows(call.args, call.kwargs)
-        self.autocast, self.line, self.loss_line = call.autocast, call.source, lost.source
         self.kept: dict[Any, Any] = {}  # what a probe has looked up about module and optimizer
 
 
@@ -62,7 +64,7 @@ def habit_of(events: list[str], looks: list[Look | None], optimizer: Any) -> Hab
     plain = sorted(_OF_A_BACKWARD * len(seen) + _OF_A_STEP)
     if not seen or len(seen) != len(looks) or sorted(event for event in events if event != "clip") != plain or events.count("clip") > 1:
         return None
-    return Habit(seen, optimizer) if len({id(call.module) for call, _ in seen}) == 1 else None
+    return Habit(seen, optimizer) if len({(id(one.module()), one.rows) for one in seen}) == 1 else None
 
 
 class Nap:
