@@ -247,3 +247,23 @@ def test_without_a_plain_habit_nothing_is_slept_through(tmp_path: Path, taken: l
             F.mse_loss(model(x), wanted).backward()
             optimizer.step()
     assert not taken
+
+
+@pytest.mark.parametrize("kind", ["in place", "torch.func"])
+def test_steps_that_no_optimizer_tells_of_are_all_counted(tmp_path: Path, kind: str) -> None:
+    """Whoever counts them may not rest."""
+    weight, x = torch.rand(4, 3, requires_grad=True), torch.rand(8, 4)
+
+    def loss_of(weight: Tensor) -> Tensor:
+        return (x @ weight).square().mean()
+
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        for _ in range(STEPS):
+            if kind == "torch.func":
+                weight = weight.detach() - 0.1 * torch.func.grad(loss_of)(weight.detach())
+                continue
+            loss_of(weight).backward()
+            with torch.no_grad():
+                weight -= 0.1 * weight.grad
+                weight.grad = None
+    assert doctor.chart().facts["steps"] >= STEPS - 1

@@ -71,7 +71,7 @@ def test_no_difference_by_steps_slept_through(three: tuple[Hashes, Hashes, Hashe
 
 def test_steps_were_slept_through(asleep: Hashes) -> None:
     slept = {name for name, found in asleep.items() if found["slept"]}
-    assert {"by hand/fp32", "by hand/bf16", "reference/dropout"} <= slept, sorted(slept)
+    assert {"by-hand/fp32", "by-hand/bf16", "reference/dropout"} <= slept, sorted(slept)
 
 
 @pytest.mark.parametrize("name", trainings.TRAININGS)

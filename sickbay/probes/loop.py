@@ -465,12 +465,17 @@ class Loop:
         self._last_round, self._round = self._round, []
         self.end_step(forget)
 
-    def end_step(self, forget: bool = True) -> None:
-        """One optimizer step is over: its readings are written, its tensors let go."""
+    def end_step(self, forget: bool = True, by_hand: bool = False) -> None:
+        """One optimizer step is over: its readings are written, its tensors let go.
+
+        `by_hand`: no optimizer told of it but a probe that saw the weights move, and which therefore may not rest.
+        """
         self.emit("round_end", self.record.step)
         if forget:
             self.patient.forget_step()
         self._next_step()
+        if by_hand:
+            self.pace.resting = False
 
     def _next_step(self) -> None:
         self._events.clear()

@@ -133,7 +133,7 @@ class Order:
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
         if kind == "func":
             self._func_calls += 1
-            self.loop.end_step()
+            self.loop.end_step(by_hand=True)
             return
         line = user_line(4)
         for optimizer, held in tuple(self._held.items()):
@@ -296,7 +296,7 @@ class Order:
             if kind != "grad" or not left:
                 self.record.read("carried_gradient", 1.0 if left else 0.0, where="update written by hand", source=source)
             held.steps += 1
-            self.loop.end_step()
+            self.loop.end_step(by_hand=True)
         self._print = now
 
     def _put_in_their_stead(self, before: list[Tensor], now: list[Tensor]) -> bool:
