@@ -208,7 +208,8 @@ def sleepy() -> list[Any]:
     """From now on plain steps are slept through from the third on; the naps taken."""
     from sickbay.probes import nap, pace
 
-    pace.CLOSELY, pace.BUDGET, pace._KEPT = 2, 1e-9, 1
+    pace.CLOSELY, pace._KEPT = 2, 1
+    pace.Pace._choose = lambda self: setattr(self, "every", pace.RAREST)  # type: ignore[method-assign]
     taken: list[Any] = []
     forward = nap.Nap.forward
 
