@@ -129,9 +129,7 @@ class Examiner:
 
     def slept(self, nap: Any) -> None:
         """Questions become due by the number of forwards, seen or not."""
-        if self not in nap.habit.kept:
-            nap.habit.kept[self] = self._asked.setdefault(nap.habit.module(), Asked())
-        nap.habit.kept[self].forwards += nap.habit.backwards
+        self._asked.setdefault(nap.habit.module(), Asked()).forwards += nap.habit.backwards
 
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
         if not self.patient.roots and kind != "func":

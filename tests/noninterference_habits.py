@@ -149,7 +149,7 @@ class _Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
@@ -163,7 +163,7 @@ def modes(outcome: Outcome) -> dict[str, str]:
     """Function modes, dispatch modes and default devices around parts of the loop see the script's own calls only."""
     model = ByHand(dropout=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    calls, operations, losses = _Calls(), _Operations(), []
+    calls, operations, losses = _Calls(), Operations(), []
     for step, (ids, targets) in enumerate(batches(STEPS)):
         if step % 2:
             with calls, operations:

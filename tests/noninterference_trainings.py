@@ -206,10 +206,11 @@ ALONE = {"data parallel": data_parallel}
 
 def sleepy() -> list[Any]:
     """From now on plain steps are slept through from the third on; the naps taken."""
-    from sickbay.probes import nap, pace
+    from early_naps import sleep_after
 
-    pace.CLOSELY, pace._KEPT = 2, 1
-    pace.Pace._choose = lambda self: setattr(self, "every", pace.RAREST)  # type: ignore[method-assign]
+    from sickbay.probes import nap
+
+    sleep_after(2, setattr)
     taken: list[Any] = []
     forward = nap.Nap.forward
 

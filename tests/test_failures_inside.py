@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from early_naps import sleep_after
 from noninterference_models import ByHand, batches, digest, loss_of, seed
 from torch import nn
 
@@ -28,7 +29,7 @@ from sickbay.exams import fork
 from sickbay.exams.fork import NoAnswer, ask
 from sickbay.patient import Patient
 from sickbay.probes import loop as loop_module
-from sickbay.probes import nap, pace
+from sickbay.probes import nap
 from sickbay.probes.loop import Loop
 from sickbay.probes.losses import Losses
 from sickbay.probes.nap import Nap
@@ -106,9 +107,7 @@ def undisturbed() -> str:
 @pytest.fixture(autouse=True)
 def early_naps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps may be slept through after eight."""
-    for name, value in (("CLOSELY", 8), ("_KEPT", 1)):
-        monkeypatch.setattr(pace, name, value)
-    monkeypatch.setattr(pace.Pace, "_choose", lambda self: setattr(self, "every", pace.RAREST))
+    sleep_after(8, monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -5,19 +5,20 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from early_naps import sleep_after
+from noninterference_habits import Operations
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sickbay
 from sickbay.core.chart import Chart
-from sickbay.probes import nap, pace
+from sickbay.probes import nap
 
 STEPS = 30
 TROUBLE = 20  # a step that is slept through unless something wakes us
@@ -41,11 +42,9 @@ class Tiny(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps may be slept through after four; the name of the module in each forward that was."""
-    for name, value in (("CLOSELY", 4), ("_KEPT", 1)):
-        monkeypatch.setattr(pace, name, value)
-    monkeypatch.setattr(pace.Pace, "_choose", lambda self: setattr(self, "every", pace.RAREST))
+    sleep_after(4, monkeypatch.setattr)
     found: list[str] = []
     forward = nap.Nap.forward
 
@@ -56,12 +55,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return slept_through
 
     monkeypatch.setattr(nap.Nap, "forward", noted)
-    yield found
+    return found
 
 
-def trained(
-    folder: Path, disturb: Disturb | None = None, clip: bool = True, accumulate: int = 1, rows: int = 6
-) -> tuple[Chart, list[Any], list[int]]:
+def trained(folder: Path, disturb: Disturb | None = None, clip: bool = True, accumulate: int = 1) -> tuple[Chart, list[Any], list[int]]:
     """The chart of a watched training, what the script saw of each step (loss, norm, learning rate), and the steps slept through."""
     torch.manual_seed(0)
     seen = []
@@ -76,7 +73,7 @@ def trained(
             extra = disturb(step, model, optimizer) if disturb is not None else None
             total = 0.0
             for _ in range(accumulate):
-                loss = F.cross_entropy(model(torch.rand(rows, 4)), torch.randint(0, 3, (rows,))) / accumulate
+                loss = F.cross_entropy(model(torch.rand(6, 4)), torch.randint(0, 3, (6,))) / accumulate
                 loss = loss if extra is None else loss + extra
                 loss.backward()
                 total += loss.item()
@@ -202,20 +199,11 @@ def test_what_is_held_is_let_go(tmp_path: Path, taken: list[str], accumulate: in
 
 
 def test_a_mode_of_the_scripts_sees_nothing_of_ours(tmp_path: Path, taken: list[str]) -> None:
-    class Noting(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[str] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     def calls(watched: bool) -> list[str]:
         torch.manual_seed(0)
         model = Tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-        mode = Noting()
+        mode = Operations()
 
         def train() -> None:
             for _ in range(STEPS):
@@ -230,7 +218,7 @@ def test_a_mode_of_the_scripts_sees_nothing_of_ours(tmp_path: Path, taken: list[
                 train()
         else:
             train()
-        return mode.seen
+        return mode.names
 
     assert calls(watched=True) == calls(watched=False)
     assert taken

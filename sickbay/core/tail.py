@@ -37,7 +37,7 @@ class Tail:
     def keep(self, step: Step) -> bool:
         """True when `step` survives a kill of this process."""
         first, last, seconds, scalars, tables, extras = step
-        text = extras.encode("utf-8", "surrogatepass") if extras else b""
+        text = extras.encode("utf-8", "surrogatepass")
         body = _FIELDS.pack(first, last, seconds, len(scalars), len(tables), len(text)) + scalars + tables + text
         entry = _HEAD.pack(len(body), zlib.crc32(body)) + body
         if self._file < 0 or self._at + len(entry) > ROOM:

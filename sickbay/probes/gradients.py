@@ -94,9 +94,7 @@ class Gradients:
         optimizer = nap.habit.optimizer()
         rates = _rates(optimizer)
         if rates:
-            if self not in nap.habit.kept:
-                nap.habit.kept[self] = self._made_at.get(optimizer, "")
-            nap.readings.append(("learning_rate", max(rates), nap.habit.kept[self]))
+            nap.readings.append(("learning_rate", max(rates), self._made_at.get(optimizer, "")))
         self.patient.norm_at_step = nap.norm
         nap.readings += (("grad_norm", nap.norm, self._loss_line), ("loss", sum(nap.losses), self._loss_line))
 

@@ -38,7 +38,7 @@ from sickbay.probes.unseen import interpose, out_of_sight, unseen
 
 _MAX_PROBLEMS = 32
 _MAX_BACKWARDS = 64  # in a step that may be slept through
-_MAX_EVENTS = 8 * _MAX_BACKWARDS
+_MAX_EVENTS = 8 * _MAX_BACKWARDS  # more than such a step has
 _OF_A_STEP = frozenset(("forward_begin", "forward_end", "loss", "outgrown", "backward_asked", "backward_begin", "backward_end", "clip"))
 _OF_A_STEP |= {"closure_begin", "step_begin", "step_end", "round_end"}
 
@@ -271,35 +271,20 @@ class Loop:
         """The step slept through, where the caller is the training thread."""
         return self.nap if self.nap is not None and threading.get_ident() == self._thread and not self.patient.muted else None
 
-    def _backward_asleep(self, nap: naps.Nap, loss: Any) -> bool:
-        with self.sheltered("backward_begin"):
-            if nap.backward(loss):
-                return True
-            self.wake()
-        return False
-
-    def _step_asleep(self, nap: naps.Nap, optimizer: Any, args: Any, kwargs: Any) -> bool:
-        with self.sheltered("step_begin"):
-            if nap.step(optimizer) and closure_of(args, kwargs) is None:
+    def stays_asleep(self, event: str, probe: Any, is_plain: Callable[..., bool], *given: Any) -> bool:
+        """True if `is_plain(*given)`: what happens is what a plain step does next. Otherwise the step is slept through no longer."""
+        with self.sheltered(event, probe):
+            if is_plain(*given):
                 return True
             self.wake()
         return False
 
     def _end_nap(self, nap: naps.Nap) -> None:
-        began = time.perf_counter()
-        try:
-            for probe, listener in tuple(self._listeners.get("slept", ())):
-                try:
-                    listener(nap)
-                except Exception as problem:
-                    self.drop(probe, "slept", problem)
-            self.nap = None
+        self.nap = None
+        with self.sheltered("slept"):
+            self.emit("slept", nap)
             self.record.read_plain(nap.readings)
-            self.seconds += time.perf_counter() - began
             self._next_step()
-        except Exception as problem:
-            self.nap = None
-            self.failed("slept", problem)
 
     # --- gradients --------------------------------------------------------------------------------------------------
     def _around_backward(self, original: Any) -> Any:
@@ -308,7 +293,7 @@ class Loop:
             if self._backward_depth:
                 return original(tensors, *args, **kwargs)
             nap = self.napping()
-            if nap is not None and self._backward_asleep(nap, tensors):
+            if nap is not None and self.stays_asleep("backward_begin", self, nap.backward, tensors):
                 return self._in_backward(original, tensors, *args, **kwargs)
             if not self.awake():
                 return original(tensors, *args, **kwargs)
@@ -344,7 +329,8 @@ class Loop:
     @unseen
     def _during(self, kind: str, loss: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         with self.sheltered("backward_begin"):
-            self._looks.append(naps.look(self.patient, loss) if len(self._looks) < _MAX_BACKWARDS else None)
+            if len(self._looks) < _MAX_BACKWARDS:
+                self._looks.append(naps.look(self.patient, loss))
         self.emit("backward_begin", loss, kind)
         outermost = self._outermost.present
         self._outermost.off()
@@ -424,7 +410,7 @@ class Loop:
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         nap = self.napping()
-        if nap is not None and self._step_asleep(nap, optimizer, args, kwargs):
+        if nap is not None and self.stays_asleep("step_begin", self, nap.step, optimizer, args, kwargs):
             return
         if not self.awake():
             return
@@ -473,18 +459,22 @@ class Loop:
         self.emit("round_end", self.record.step)
         if forget:
             self.patient.forget_step()
-        self._next_step()
-        if by_hand:
-            self.pace.resting = False
+        self._next_step(may_rest=not by_hand)
 
-    def _next_step(self) -> None:
+    def _next_step(self, may_rest: bool = True) -> None:
         self._events.clear()
         self._looks.clear()
         self.rounds += 1
         self.emit_seconds()
-        self.pace.step_over(self.seconds - self.patient.exam_seconds)
-        may_sleep = self._habit is not None and self.pace.resting and self.pace.rests_next and self.rounds % naps.AWAKE_EVERY
-        self.nap = naps.Nap(self._habit) if may_sleep and self._habit is not None and self._all_may_sleep() else None
+        self.pace.step_over(self.seconds - self.patient.exam_seconds, may_rest)
+        if (
+            self._habit is not None
+            and self.pace.resting
+            and self.pace.rests_next
+            and self.rounds % naps.AWAKE_EVERY
+            and self._all_may_sleep()
+        ):
+            self.nap = naps.Nap(self._habit)
 
     def emit_seconds(self) -> None:
         """Write and commit the step; the time it takes counts as ours."""

@@ -62,7 +62,7 @@ class Losses:
             finally:
                 self._depth -= 1
             nap = self.loop.napping()
-            if nap is not None and self._asleep(nap, name, value, args, kwargs):
+            if nap is not None and self.loop.stays_asleep("loss", self, nap.lost, name, value, args, kwargs):
                 return value
             if self.loop.awake() or self.patient.muted:
                 with self.loop.sheltered("loss", self):
@@ -70,13 +70,6 @@ class Losses:
             return value
 
         return loss_function
-
-    def _asleep(self, nap: Nap, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        with self.loop.sheltered("loss", self):
-            if nap.lost(name, value, args, kwargs):
-                return True
-            self.loop.wake()
-        return False
 
     def slept(self, nap: Nap) -> None:
         nap.readings.append(("train_loss", sum(nap.values) / len(nap.values), ""))

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sickbay.patient import ForwardCall, Patient, tensors_in
+from sickbay.probes.arguments import closure_of
 from sickbay.probes.graph import is_scaled
 from sickbay.probes.norms import norms_of
 
 AWAKE_EVERY = 8  # steps: this often one that could be slept through is not, for what is counted or sampled over the whole run
 
 _OF_A_BACKWARD = ("backward_asked", "backward_begin", "backward_end", "forward_begin", "forward_end", "loss")
-_OF_A_STEP = ("step_begin", "step_end")
+_AT_ITS_END = ("step_begin", "step_end")
 
 
 class Look(NamedTuple):
@@ -55,13 +56,12 @@ class Habit:
         self.module, self.rows, self.autocast, self.line, self.loss_line = looks[0]
         self.optimizer: weakref.ref[Any] = weakref.ref(optimizer)
         self.backwards = len(looks)
-        self.kept: dict[Any, Any] = {}  # what a probe has looked up about module and optimizer
 
 
 def habit_of(events: list[str], looks: list[Look | None], optimizer: Any) -> Habit | None:
     """The habit that a step shows, by its events up to its end and a look at each of its backwards; None if it is not plain."""
     seen = [one for one in looks if one is not None]
-    plain = sorted(_OF_A_BACKWARD * len(seen) + _OF_A_STEP)
+    plain = sorted(_OF_A_BACKWARD * len(seen) + _AT_ITS_END)
     if not seen or len(seen) != len(looks) or sorted(event for event in events if event != "clip") != plain or events.count("clip") > 1:
         return None
     return Habit(seen, optimizer) if len({(id(one.module()), one.rows) for one in seen}) == 1 else None
@@ -123,10 +123,12 @@ class Nap:
         self.stage = "backward"
         return True
 
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """The step of the one optimizer, by finite gradients."""
+    def step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """The step of the one optimizer, without a closure and by finite gradients."""
         habit = self.habit
         if self.stage != "backward" or len(self.losses) != habit.backwards or optimizer is not habit.optimizer():
+            return False
+        if closure_of(args, kwargs) is not None:
             return False
         if self.clipped is None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -34,8 +34,8 @@ class Pace:
         """Something new has begun: the next steps are looked at closely."""
         self.resting, self._steps = False, 0
 
-    def step_over(self, own: float) -> None:
-        """One step is over; `own`: seconds spent watching so far, exams left out."""
+    def step_over(self, own: float, may_rest: bool = True) -> None:
+        """One step is over; `own`: seconds spent watching so far, exams left out. `may_rest`: False = the next is looked at closely."""
         now = time.perf_counter()
         if self._ended:
             self._walls.append(now - self._ended)
@@ -44,7 +44,7 @@ class Pace:
         self._steps += 1
         if self._steps >= CLOSELY and self._steps % _KEPT == 0:
             self._choose()
-        self.resting = self._glances_at(self._steps)
+        self.resting = may_rest and self._glances_at(self._steps)
 
     def _glances_at(self, step: int) -> bool:
         return step >= CLOSELY and step % self.every != 0
