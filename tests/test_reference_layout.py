@@ -8,21 +8,38 @@ from test_reference_generate import SHAPES, ids_of, transformer, written
 from torch import nn
 
 from sickbay.reference.generation.decoding import Decoding
-from sickbay.reference.models.layout import PACKERS, HalfLinear, halve_weights, lay_out_for_reading
+from sickbay.reference.models import layout
+from sickbay.reference.models.layout import PACKERS, HalfLinear, StripLinear, halve_weights, lay_out_for_reading
 
 packs = pytest.mark.skipif(not PACKERS & set(torch.backends.quantized.supported_engines), reason="torch cannot pack float16 here")
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [1, 15, 16, 33])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_strip_linear_is_linear(rows: int, outputs: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, outputs, bias=bias)
+    x = torch.randn(2, rows, 48)
+    torch.testing.assert_close(StripLinear(linear)(x), linear(x))
+    torch.testing.assert_close(StripLinear(linear)(x.transpose(0, 1)), linear(x.transpose(0, 1)))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_laid_out_weights_are_the_same_weights(shape: str) -> None:
-    model = transformer(**SHAPES[shape])
-    ids = ids_of(2, 9)
-    before, held = model(ids), {name: weight.clone() for name, weight in model.state_dict().items()}
+def test_a_model_in_strips_is_the_same_model(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = transformer(**SHAPES[shape]), ids_of(2, 9)
+    before = model(ids)
+    monkeypatch.setattr(layout, "LEAST_IN_STRIPS", 0)
     lay_out_for_reading(model)
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
     torch.testing.assert_close(model(ids), before)
-    assert all(torch.equal(weight, held[name]) for name, weight in model.state_dict().items())
-    assert not model.blocks[0].get_submodule("attention.query_key_value").weight.is_contiguous()
-    assert (model.head.weight is model.token_embedding.weight) == model.config.tied_embeddings
+    assert written(model, [ids[0], ids[1, :4]], 30, Decoding()).shape == (2, 30)
+
+
+def test_only_what_no_core_holds_is_laid_out_anew() -> None:
+    model = nn.ModuleDict({"small": nn.Linear(511, 512), "large": nn.Linear(512, 512), "wide": nn.Linear(512, 512).double()})
+    lay_out_for_reading(model)
+    assert {name: type(module) for name, module in model.items()} == {"small": nn.Linear, "large": StripLinear, "wide": nn.Linear}
 
 
 @packs
