@@ -57,7 +57,11 @@ def exchanging(model: Model, world: World) -> nn.Module:
         return model
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Processors that send are processors that do not compute: they send everything once, and nothing beside the backward pass.
+    once = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
+    return DistributedDataParallel(
+        model, gradient_as_bucket_view=True, bucket_cap_mb=once if torch.device(world.device).type == "cpu" else None
+    )
 
 
 def _split_blocks(model: Model, world: World) -> None:
