@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ _EARLY = (0, 1, 2, 4, 8, 16, 32)
 _EVERY = 50
 _COUNT_ELEMENTS_AT = (1, 2, 8, 100)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)  # weights in these are counted at every sampled step: their updates may round to nothing
-_MAX_BYTES = 40 << 20  # a copy of the weights must stay small beside the run itself
+_MAX_BYTES = 16 << 20  # a copy of weights must stay small beside the run itself; those that do not fit take their turn at later samples
 _MAX_COUNTED = 1 << 20  # elements of a tensor, from its beginning, that are counted one by one
 
 
@@ -35,6 +37,7 @@ class Updates:
         self._watched: list[tuple[Tensor, float]] = []
         self._checked_start = False
         self._steps: dict[int, int] = {}
+        self._turn: dict[int, int] = {}  # of an optimizer: where the next sample begins
         self._moved: dict[int, bool] = {}
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
@@ -59,21 +62,26 @@ class Updates:
         self._look(optimizer, False)
 
     def _look(self, optimizer: Any, have_gradients: bool) -> None:
-        """On a sampled step the weights about to change are kept, as many as the limit allows."""
+        """On a sampled step weights about to change are kept, as many as the limit allows, in turn."""
         self._before, self._watched = [], []
         count = self._steps.get(id(optimizer), 0)
         self._steps[id(optimizer)] = count + 1
         if count not in _EARLY and count % _EVERY:
             return
-        used = 0
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                rate = group.get("lr", 0.0)
-                size = parameter.numel() * parameter.element_size()
-                waiting = parameter.requires_grad and not have_gradients
-                if (parameter.grad is not None or waiting) and parameter.is_floating_point() and used + size <= _MAX_BYTES:
-                    used += size
-                    self._watched.append((parameter, float(rate) if isinstance(rate, (int, float)) else float("nan")))
+        changing = [
+            (parameter, float(rate) if isinstance(rate, (int, float)) else float("nan"))
+            for group in optimizer.param_groups
+            for rate in (group.get("lr", 0.0),)
+            for parameter in group["params"]
+            if parameter.is_floating_point() and parameter.nbytes <= _MAX_BYTES
+            if parameter.grad is not None or (parameter.requires_grad and not have_gradients)
+        ]
+        turn = self._turn.get(id(optimizer), 0) % max(1, len(changing))
+        waiting = changing[turn:] + changing[:turn]
+        used = list(itertools.accumulate(parameter.nbytes for parameter, _ in waiting))
+        self._watched = waiting[: bisect.bisect_right(used, _MAX_BYTES)]
+        if len(self._watched) < len(changing):
+            self._turn[id(optimizer)] = turn + len(self._watched)
         self._before = [parameter.detach().clone() for parameter, _ in self._watched]
 
     def step_end(self, optimizer: Any) -> None:
