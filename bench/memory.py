@@ -22,6 +22,7 @@ from torch import nn
 from sickbay.core.plan import gibibytes
 from sickbay.exams.footprint import kept_by, parts_of, without_memory
 from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder_decoder import EncoderDecoder
 from sickbay.reference.models.model import Transformer
 
 Build = Callable[[], nn.Module]
@@ -63,6 +64,17 @@ def heavy() -> nn.Module:
     return Transformer(Config(dim=512, num_layers=4, num_heads=8, vocab_size=500, context=128))
 
 
+def encoder_decoder() -> nn.Module:
+    return EncoderDecoder(Config(dim=128, num_layers=3, num_heads=4, vocab_size=500, context=128))
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=2000, decoder_start_token_id=0, **sizes))
+
+
 CASES: tuple[tuple[str, Build, int, int], ...] = (
     ("GPT-2 (transformers), 4 x 128", gpt2, 16, 128),
     ("Llama (transformers), 4 x 128, grouped keys", llama, 16, 128),
@@ -71,13 +83,15 @@ CASES: tuple[tuple[str, Build, int, int], ...] = (
     ("reference, 4 x 128, SwiGLU, untied", swiglu, 32, 128),
     ("reference, vocabulary 20,000", wide_vocabulary, 8, 128),
     ("reference, 4 x 512, two rows (weights dominate)", heavy, 2, 128),
+    ("reference, encoder-decoder, 3 + 3 x 128", encoder_decoder, 16, 128),
+    ("T5 (transformers), 3 + 3 x 128", t5, 16, 128),
 )
 
 
 def loss_of(model: nn.Module, ids: torch.Tensor) -> Any:
     """The model's outputs with the loss last."""
-    if isinstance(model, Transformer):
-        logits = model(ids)
+    if isinstance(model, (Transformer, EncoderDecoder)):
+        logits = model(ids, ids) if isinstance(model, EncoderDecoder) else model(ids)
         return logits, nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1))
     outputs = model(input_ids=ids, labels=ids)
     return outputs.logits, outputs.loss

@@ -105,12 +105,12 @@ def _measure(name: str, build: Callable[[], Any], rows: int, length: int, optimi
             imagine_parameters(mode, model)
             model.train()
             ids = torch.zeros(rows, length, dtype=torch.int64)
-            labelled = "labels" in inspect.signature(model.forward).parameters
+            positional, named = _arguments(model, ids)
 
             def forward() -> Any:
                 if given:
                     return model(*imagined(mode, given))
-                output = model(ids, labels=ids) if labelled else model(ids)
+                output = model(*positional, **named)
                 scores = output if isinstance(output, torch.Tensor) else None
                 if scores is not None and scores.dim() >= 2:
                     flat = scores.reshape(-1, scores.shape[-1])
@@ -141,7 +141,15 @@ def _measure(name: str, build: Callable[[], Any], rows: int, length: int, optimi
     except Exception as problem:
         raise UsageError(
             f"{name}: the model cannot be built or run on shapes alone: {type(problem).__name__}: {problem}"[:400]
+            + ("; a function may also give (module, *arguments of one forward)" if ":" in name else "")
         ) from problem
+
+
+def _arguments(model: Any, ids: Any) -> tuple[list[Any], dict[str, Any]]:
+    """What `model`'s forward takes where every text is `ids`: an encoder-decoder's source and target, and labels where it wants them."""
+    parameters = inspect.signature(model.forward).parameters
+    needed = [p for p in parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [ids] * max(1, len(needed)), {name: ids for name in ("decoder_input_ids", "labels") if name in parameters}
 
 
 def _weights_of(model: Any) -> tuple[Weight, ...]:
@@ -170,23 +178,25 @@ def _read(file: Path) -> dict[str, Any]:
 def _of_config(fields: dict[str, Any], where: str) -> tuple[Callable[[], Any], int]:
     try:
         with contextlib.redirect_stderr(None):
-            from transformers import AutoConfig, AutoModelForCausalLM
+            import transformers
     except ImportError as problem:
         raise UsageError(
             f"{where} needs transformers, which is not installed: give dimensions instead (--dim, --layers, --vocab)"
         ) from problem
     import logging
 
+    from sickbay.checklist.transformers_model import auto_class
+
     logging.getLogger("transformers").setLevel(logging.ERROR)
     fields = dict(fields)
     kind = fields.pop("model_type")
     try:
-        config = AutoConfig.for_model(kind, **fields)
+        config = transformers.AutoConfig.for_model(kind, **fields)
     except Exception as problem:
         raise UsageError(f"{where}: model_type {kind!r} cannot be read: {problem}"[:300]) from problem
     context = next((int(getattr(config, n)) for n in ("max_position_embeddings", "n_positions") if getattr(config, n, None)), 0)
     config.use_cache = False
-    build: Any = AutoModelForCausalLM.from_config
+    build: Any = auto_class(transformers, config).from_config
     return (lambda: build(config)), context
 
 

@@ -6,6 +6,7 @@ import collections
 import json
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sickbay.cli.main import main
 from sickbay.core import plan
 from sickbay.core.reader import chart_of
 from sickbay.core.record import RecordWriter
-from sickbay.exams.footprint import kept_by, parts_of, without_memory
+from sickbay.exams.footprint import blocks_of, kept_by, parts_of, without_memory
 from sickbay.exams.holders import census, grown, holder_of_graphs
 from sickbay.exams.reach import Reach, text_of
 from sickbay.exams.saved import by_block, saved_bytes
@@ -26,6 +27,8 @@ from sickbay.patient import GRAPH_MARK, ForwardCall, Patient
 from sickbay.probes import evaluation_memory
 from sickbay.probes.loop import Loop
 from sickbay.probes.retention import Mark
+from sickbay.reference.models.config import Config
+from sickbay.reference.models.encoder_decoder import Decoder, EncoderDecoder
 
 HISTORY: list[Any] = []
 
@@ -168,6 +171,32 @@ def test_plan_prints_and_refuses(capsys: pytest.CaptureFixture[str], tmp_path: P
     ):
         assert main(["plan", *words]) == 2, words
         assert capsys.readouterr().err.startswith("sickbay plan: ")
+
+
+def test_of_an_encoder_decoder_both_sides_are_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def planned(target: str) -> Any:
+        assert main(["plan", target, "--length", "16", "--batch", "2", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "decoder_start_token_id": 0, **sizes}))
+    folder, function = planned(str(tmp_path)), planned("test_memory:both_sides")
+    assert folder["model"]["layers"] == 4 and function["model"]["layers"] == 5
+    assert function["step"]["logits"] == 2 * 16 * 50 * 4
+    names = [name for name, _ in blocks_of(both_sides())]
+    assert names == ["encoder.blocks.0", "encoder.blocks.1", "decoder.blocks.0", "decoder.blocks.1", "decoder.blocks.2"]
+
+
+def both_sides() -> nn.Module:
+    model = EncoderDecoder(Config(dim=16, num_layers=2, num_heads=4, vocab_size=50, context=16))
+    model.decoder = Decoder(replace(model.config, num_layers=3))
+    return model
+
+
+def test_a_head_of_two_layers_is_no_side_of_the_model() -> None:
+    layers = [nn.TransformerEncoderLayer(16, 2, 32) for _ in range(2)]
+    model = nn.ModuleDict({"body": nn.ModuleList(layers), "head": nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))})
+    assert [name for name, _ in blocks_of(model)] == ["body.0", "body.1"]
 
 
 @pytest.mark.parametrize(("how", "rows"), [("joined", 21), ("listed", 24), ("reduced", 0)])

@@ -37,7 +37,7 @@ def of_folder(path: Path, text: Path | None) -> Target:
         config = transformers.AutoConfig.from_pretrained(str(file))
     except Exception as problem:
         raise UsageError(f"{file} is no transformers config: {_short(problem)}") from problem
-    kind = _kind(transformers, config)
+    kind = auto_class(transformers, config)
     try:
         torch.manual_seed(0)
         if path.is_dir() and any((folder / name).is_file() for name in _WEIGHTS):
@@ -51,7 +51,8 @@ def of_folder(path: Path, text: Path | None) -> Target:
     return of_parts(model, _batches(config, ids, "MaskedLM" in name, "Seq2Seq" in name), None, None, str(path))
 
 
-def _kind(transformers: Any, config: Any) -> Any:
+def auto_class(transformers: Any, config: Any) -> Any:
+    """The class of `transformers` that builds `config`'s model with the head it is trained with."""
     named = (getattr(config, "architectures", None) or [""])[0]
     if getattr(config, "is_encoder_decoder", False):
         return transformers.AutoModelForSeq2SeqLM

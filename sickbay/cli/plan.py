@@ -174,9 +174,8 @@ def _lines(result: dict[str, Any], limit: float) -> list[str]:
         lines += [f"  {'':<12} {plan.gibibytes(step['activations_per_block']):>11} of them in each block"]
         lines += [f"  {'logits':<12} {plan.gibibytes(step['logits']):>11} a copy", f"  {'peak':<12} {plan.gibibytes(step['peak']):>11}"]
         if step["checkpoint_every"]:
-            lines += [
-                f"  {'':<12} {plan.gibibytes(step['peak_checkpointed']):>11} with checkpointing every {step['checkpoint_every']} blocks"
-            ]
+            every = "block" if step["checkpoint_every"] == 1 else f"{step['checkpoint_every']} blocks"
+            lines += [f"  {'':<12} {plan.gibibytes(step['peak_checkpointed']):>11} with checkpointing every {every}"]
     if result.get("shares"):
         lines += ["", *_share_lines(result["shares"], limit)]
     fits = result.get("fits")

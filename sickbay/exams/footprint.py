@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sickbay.core.plan import STATE_COPIES, Parts
 from sickbay.patient import mapped, tensors_in
 
+_SIDE = 4  # an encoder, or a decoder, is at least one part in so many of the other
+
 
 @dataclass
 class Kept:
@@ -31,18 +33,29 @@ class Kept:
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks: the members of the module list (or sequence of like modules) with most parameters."""
-    best: list[tuple[str, nn.Module]] = []
-    most = 0
+    """The repeated blocks: the members of the module list (or sequence of like modules) with most parameters.
+
+    Of an encoder-decoder those of both sides: also of lists beside it that are not much smaller and whose members hold several
+    matrices.
+    """
+    found: list[tuple[int, list[tuple[str, nn.Module]]]] = []
+    inside: tuple[str, ...] = ()
     for name, part in model.named_modules():
-        if not isinstance(part, (nn.ModuleList, nn.Sequential)) or len(part) < 2:
+        if name.startswith(inside) or not isinstance(part, (nn.ModuleList, nn.Sequential)) or len(part) < 2:
             continue
         members = [(f"{name}.{key}" if name else key, child) for key, child in part.named_children()]
-        alike = len({type(child) for _, child in members}) == 1
-        size = sum(p.numel() for p in part.parameters())
-        if alike and size > most:
-            best, most = members, size
-    return best
+        if len({type(child) for _, child in members}) == 1:
+            found.append((sum(p.numel() for p in part.parameters()), members))
+            inside += (f"{name}." if name else "",)
+    largest = max(found, key=lambda one: one[0], default=(0, []))
+    if not largest[0]:
+        return []
+    sides = [members for size, members in found if members is largest[1] or (size * _SIDE >= largest[0] and _are_layers(members))]
+    return [member for members in sides for member in members]
+
+
+def _are_layers(members: list[tuple[str, nn.Module]]) -> bool:
+    return all(sum(parameter.dim() > 1 for parameter in part.parameters()) > 1 for _, part in members)
 
 
 def kept_by(model: nn.Module, forward: Callable[[], Any]) -> Kept:
