@@ -14,14 +14,12 @@ Whatever goes wrong in here is named in the report and reaches no script; only c
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from types import GeneratorType, TracebackType
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -32,150 +30,32 @@ from sickbay.core.record import RecordWriter
 from sickbay.patient import ForwardCall, Patient, tensors_in
 from sickbay.probes import nap as naps
 from sickbay.probes.arguments import clip_arguments, closure_of, first_tensor, noting
+from sickbay.probes.events import Events
 from sickbay.probes.outermost import Outermost, hook_id
-from sickbay.probes.pace import Pace
 from sickbay.probes.unseen import interpose, out_of_sight, unseen
 
-_MAX_PROBLEMS = 32
 _MAX_BACKWARDS = 64  # in a step that may be slept through
-_MAX_EVENTS = 8 * _MAX_BACKWARDS  # more than such a step has
-_OF_A_STEP = frozenset(("forward_begin", "forward_end", "loss", "outgrown", "backward_asked", "backward_begin", "backward_end", "clip"))
-_OF_A_STEP |= {"closure_begin", "step_begin", "step_end", "round_end"}
 
 
-class Sheltered:
-    """What `Loop.sheltered` gives; a class of its own because it is entered several times a step."""
-
-    __slots__ = ("_event", "_loop", "_probe", "_sight")
-
-    def __init__(self, loop: Loop, event: str, probe: Any) -> None:
-        self._loop, self._event, self._probe, self._sight = loop, event, probe, out_of_sight()
-
-    def __enter__(self) -> None:
-        self._sight.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None) -> bool:
-        self._sight.__exit__(kind, problem, traceback)
-        if not isinstance(problem, Exception):
-            return False
-        self._loop.drop(self._probe, self._event, problem)
-        return True
-
-
-class Loop:
-    """Emits events to listeners; a listener that raises is dropped and named in the report, and the script never notices."""
+class Loop(Events):
+    """Hooks torch and emits what happens, in the thread and process that train."""
 
     def __init__(self, patient: Patient, record: RecordWriter, max_steps: int = 0) -> None:
-        self.patient, self.record, self.max_steps = patient, record, max_steps
-        self.seconds = 0.0
+        super().__init__(patient, record)
+        self.max_steps = max_steps
         self.rounds = 0
-        self.pace = Pace()
-        self._listeners: dict[str, list[tuple[Any, Callable[..., None]]]] = {}
-        self._resting: dict[Any, frozenset[str]] = {}
-        self._told: dict[tuple[str, bool], tuple[tuple[Any, Callable[..., None]], ...]] = {}
         self._undo: list[Callable[[], None]] = []
         self._thread, self._process = threading.get_ident(), os.getpid()
         self._backward_depth = 0
-        self._sleepers: dict[Any, frozenset[str]] = {}
-        self._events: list[str] = []  # of the step in progress
         self._habit: naps.Habit | None = None
-        self.nap: naps.Nap | None = None  # where the step in progress is slept through
         self._looks: list[naps.Look | None] = []  # at the backwards of the step in progress
-        self._all_sleep: bool | None = None
         self._round: list[int] = []
         self._last_round: list[int] = []
         self._outermost = Outermost(self.awake, self._sleeps_through, self._forward_begins, self._forward_ends, self.failed)
-        self._failed_before: set[tuple[str, str]] = set()
-        self.problems: list[dict[str, Any]] = []
-
-    # --- events ---------------------------------------------------------------------------------------------------
-    def on(self, event: str, probe: Any, listener: Callable[..., None]) -> None:
-        """`listener` is called once at every `event`, however often this was said, until its probe fails once."""
-        listeners = self._listeners.setdefault(event, [])
-        if (probe, listener) not in listeners:
-            listeners.append((probe, listener))
-            self._listeners_changed()
-
-    def off(self, event: str, probe: Any) -> None:
-        """`probe` hears no `event` any more."""
-        listeners = self._listeners.get(event, [])
-        listeners[:] = [(owner, listener) for owner, listener in listeners if owner is not probe]
-        self._listeners_changed()
-
-    def rests(self, probe: Any, but: tuple[str, ...] = ()) -> None:
-        """From now on `probe` hears nothing of the steps that are only glanced at, from their first event to their last, `but` these.
-
-        Whatever is called in such a step is no longer in the processor's caches, and costs several times its usual time.
-        """
-        self._resting[probe] = _OF_A_STEP.difference(but)
-        self._listeners_changed()
-
-    def sleeps(self, probe: Any, through: tuple[str, ...] = tuple(_OF_A_STEP)) -> None:
-        """`probe` may miss the events `through` of some steps; none is slept through while anyone hears others in a step glanced at."""
-        self._sleepers[probe] = frozenset(through)
-        self._listeners_changed()
-
-    def _listeners_changed(self) -> None:
-        self._told.clear()
-        self._all_sleep = None
 
     def glances_at(self, call: ForwardCall) -> bool:
         """True for the first training forward of a step that is only glanced at; a second one before its backward is looked at."""
         return self.pace.resting and call.grad_enabled and call.training and sum(not known.spent for known in self.patient.calls) == 1
-
-    def emit(self, event: str, *args: Any) -> None:
-        """Tell all listeners; never raises. A mode that the script has switched on sees nothing of what they compute."""
-        if self.nap is not None:
-            self.wake()
-        resting = self.pace.resting and event in _OF_A_STEP
-        if len(self._events) < _MAX_EVENTS:
-            self._events.append(event)
-        listeners = self._told.get((event, resting))
-        if listeners is None:
-            everyone = self._listeners.get(event, ())
-            listeners = tuple((probe, told) for probe, told in everyone if not (resting and event in self._resting.get(probe, ())))
-            self._told[event, resting] = listeners
-        if not listeners:
-            return
-        began = time.perf_counter()
-        with out_of_sight():
-            for probe, listener in listeners:
-                try:
-                    listener(*args)
-                except Exception as problem:
-                    self.drop(probe, event, problem)
-        self.seconds += time.perf_counter() - began
-
-    def sheltered(self, event: str, probe: Any = None) -> Sheltered:
-        """An exception inside is named in the report, `probe` listens no more, and it goes no further; no mode of the script's sees it."""
-        return Sheltered(self, event, probe or self)
-
-    def failed(self, event: str, problem: Exception) -> None:
-        """Something of the loop's own went wrong at `event`; it goes on."""
-        self.drop(self, event, problem)
-
-    def drop(self, probe: Any, event: str, problem: Exception) -> None:
-        """`probe` listens no more, and the report says why. Never raises."""
-        name = getattr(probe, "__name__", type(probe).__name__).rsplit(".", 1)[-1]
-        for heard in self._listeners:
-            self.off(heard, probe)
-        text = self.note_problem(name, event, problem)
-        for signal in getattr(probe, "SIGNALS", ()):
-            with contextlib.suppress(Exception):
-                self.record.unobserved(signal, f"the {name} probe failed at step {self.record.step}: {text[:120]}")
-
-    def note_problem(self, name: str, event: str, problem: Exception) -> str:
-        """`problem` is among the report's problems, once for each `name` and `event`; the text that describes it. Never raises."""
-        text = type(problem).__name__
-        with contextlib.suppress(Exception):
-            where = traceback.extract_tb(problem.__traceback__)[-1]
-            text = f"{text}: {problem} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
-        if (name, event) not in self._failed_before and len(self.problems) < _MAX_PROBLEMS:
-            self._failed_before.add((name, event))
-            self.problems.append({"probe": name, "event": event, "step": self.record.step, "error": text[:300]})
-            with contextlib.suppress(Exception):
-                self.record.fact("problems", self.problems)
-        return text
 
     def awake(self) -> bool:
         """True when the caller is the training thread of the watched process, outside compiled code and exams."""
@@ -239,17 +119,6 @@ class Loop:
         self.emit("forward_end", call, output)
 
     # --- steps slept through ------------------------------------------------------------------------------------------
-    def wake(self) -> None:
-        """The step in progress is slept through no longer: what was known of it is told, and its remaining events will be."""
-        nap, self.nap = self.nap, None
-        if nap is None or nap.stage == "idle":
-            return
-        with self.sheltered("woken"):
-            call = nap.call()
-            if call is not None:
-                self.patient.admit(call)
-            self.emit("woken", nap)
-
     def _sleeps_through(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self.nap is None:
             return False
@@ -258,26 +127,9 @@ class Loop:
         self.wake()
         return False
 
-    def _all_may_sleep(self) -> bool:
-        if self._all_sleep is None:
-            self._all_sleep = all(
-                event in self._sleepers.get(probe, ()) or event in self._resting.get(probe, ())
-                for event in _OF_A_STEP
-                for probe, _ in self._listeners.get(event, ())
-            )
-        return self._all_sleep
-
     def napping(self) -> naps.Nap | None:
         """The step slept through, where the caller is the training thread."""
         return self.nap if self.nap is not None and threading.get_ident() == self._thread and not self.patient.muted else None
-
-    def stays_asleep(self, event: str, probe: Any, is_plain: Callable[..., bool], *given: Any) -> bool:
-        """True if `is_plain(*given)`: what happens is what a plain step does next. Otherwise the step is slept through no longer."""
-        with self.sheltered(event, probe):
-            if is_plain(*given):
-                return True
-            self.wake()
-        return False
 
     def _end_nap(self, nap: naps.Nap) -> None:
         self.nap = None
@@ -438,7 +290,7 @@ class Loop:
                 self.emit("step_end", optimizer)
                 self._round.append(id(optimizer))
                 if self._round[-1] == (self._last_round or self._round)[-1]:
-                    self._habit = naps.habit_of(self._events, self._looks, optimizer)
+                    self._habit = naps.habit_of(self.happened, self._looks, optimizer)
                     self._end_round()
         if 0 < self.max_steps <= self.record.step:
             raise SystemExit(0)  # what the user asked for: the script ends here, as by its own sys.exit
@@ -462,7 +314,7 @@ class Loop:
         self._next_step(may_rest=not by_hand)
 
     def _next_step(self, may_rest: bool = True) -> None:
-        self._events.clear()
+        self.happened.clear()
         self._looks.clear()
         self.rounds += 1
         self.emit_seconds()
@@ -472,7 +324,7 @@ class Loop:
             and self.pace.resting
             and self.pace.rests_next
             and self.rounds % naps.AWAKE_EVERY
-            and self._all_may_sleep()
+            and self.all_may_sleep()
         ):
             self.nap = naps.Nap(self._habit)
 
