@@ -77,14 +77,13 @@ class Cache:
             layer.length = 0
         empty_B1 = torch.tensor(padding, device=self._order_S.device)[:, None]
         self._real_BS = self._order_S >= empty_B1
-        self._before_B1 = torch.zeros_like(empty_B1)  # tokens so far, without padding
         self._padded = any(padding)
 
     def select(self, rows_B: Tensor) -> None:
         """Row i goes on from what row `rows_B[i]` held; there may be more rows than before, or fewer."""
         for layer in self.layers:
             layer.select(rows_B)
-        self._real_BS, self._before_B1 = self._real_BS[rows_B], self._before_B1[rows_B]
+        self._real_BS = self._real_BS[rows_B]
 
     def begin(self, ids_BT: Tensor, pad_id: int | None) -> tuple[Tensor | None, Tensor]:
         """(which positions each of `ids_BT` sees `(B, 1, T, S)`, None = all before and itself; their positions `(T,)` or `(B, T)`).
@@ -96,13 +95,10 @@ class Cache:
         if pad_id is not None:
             self._real_BS[:, begin:end] &= ids_BT != pad_id
             self._padded = self._padded or not bool(self._real_BS[:, begin:end].all())
-        real_BT = self._real_BS[:, begin:end]
-        before_B1, self._before_B1 = self._before_B1, self._before_B1 + real_BT.sum(1, keepdim=True)
-        if not self._padded:
-            positions, alone = index_T, begin == 0 or end - begin == 1
-        else:
-            positions, alone = before_B1 + real_BT.cumsum(1) - real_BT.long(), False
-        if alone:
+        positions = index_T
+        if self._padded:
+            positions = self._real_BS[:, :end].cumsum(1)[:, begin:] - self._real_BS[:, begin:end].long()
+        elif begin == 0 or end - begin == 1:
             return None, positions
         order_S = self._order_S[:end]
         visible_B1TS = (order_S <= index_T[:, None]) & self._real_BS[:, None, None, :end]
