@@ -271,11 +271,26 @@ def test_data_repeats() -> None:
     assert unexamined(id_, chart(batch_repeat=[NAN] * 6))
 
 
+def test_data_repeats_where_later_steps_are_seldom_looked_at() -> None:
+    def later(values: list[float], value: float) -> Chart:
+        rare = [read("batch_repeat", value, step) for step in range(72, 4000, 8)]
+        return chart(batch_repeat=[*(read("batch_repeat", v, step) for step, v in enumerate(values)), *rare])
+
+    assert "63 of 64 steps" in found("data-repeats", later([0, *[1] * 63], 8), "warning").summary
+    assert "2.0 times in a row" in found("data-repeats", later([0, 1] * 32, 0), "warning").summary
+    assert ask("data-repeats", later([0] * 64, 0)) is None
+
+
 def test_one_order_every_epoch() -> None:
     id_ = "data-repeats"
     assert "every 4 steps, 8 times" in found(id_, chart(batch_repeat=[0] * 4 + [4] * 8), "note").summary
     assert ask(id_, chart(batch_repeat=[0] * 4 + [4] * 7)) is None
     assert ask(id_, chart(batch_repeat=[0] * 3 + [3] * 30)) is None
+    seen = [*range(64), *range(64, 250, 8)]
+    back = {step: max((s for s in seen if s < step and (step - s) % 50 == 0), default=step) for step in seen}
+    rare = [read("batch_repeat", step - back[step], step) for step in seen]
+    assert "every 50 steps" in found(id_, chart(batch_repeat=rare), "note").summary
+    assert ask(id_, chart(batch_repeat=[r for r in rare if r.step < 110])) is None, "one epoch and a little"
 
 
 def test_steps_that_the_scaler_left_out_are_no_lost_updates() -> None:

@@ -36,7 +36,8 @@ STEPS = Threshold(5, "steps", source="four repeats in a row of a shuffled set of
 AGAIN = Threshold(0.4, "share of steps", source="two workers with one stream repeat every second batch (0.5), more workers more")
 ROUNDS = Threshold(3, "repeats", source="one or two immediate repeats are the seam of two epochs")
 PERIOD = Threshold(4, "batches", source="with fewer batches a fixed order is likely by chance: 3! = 6 orders")
-PERIODS = Threshold(2, "periods", source="one return of the same order may be chance, two are a habit")
+PERIODS = Threshold(1.5, "periods", source="one return of the same order is whole; the half more tells it from a run that was resumed")
+RETURNS = Threshold(8, "returns", source="eight batches at the same place of a shuffled epoch of four have probability 1/4^8, of more less")
 
 
 def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
@@ -44,23 +45,28 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     seen = chart["batch_repeat"].finite()
     if len(seen) < STEPS:
         return NotExamined(f"{len(seen)} batches were fingerprinted; this needs {STEPS:.0f}")
-    repeats = [r for r in seen if r.value == 1 and not r.note.get("same_object")]
-    share = len(repeats) / (len(seen) - 1)
-    fresh = len(seen) - len(repeats)
-    if share > SAME and fresh <= 2:
-        return _found(repeats, SAME, "warning", f"{len(repeats)} of {len(seen)} steps trained on the very batch of the step before.")
-    if share >= AGAIN and len(repeats) >= ROUNDS and fresh >= ROUNDS:
-        return _found(
-            repeats, AGAIN, "warning", f"Each batch comes {len(seen) / fresh:.1f} times in a row, as when workers read one stream."
-        )
+    # Not every step of a long run is looked at: what follows what can be told where two in a row were.
+    looked = {r.step for r in seen}
+    following = [r for r in seen if r.step - 1 in looked]
+    repeats = [r for r in following if r.value == 1 and not r.note.get("same_object")]
+    steps = len(following) + 1
+    fresh = steps - len(repeats)
+    if steps >= STEPS and len(repeats) > SAME * len(following) and fresh <= 2:
+        return _found(repeats, SAME, "warning", f"{len(repeats)} of {steps} steps trained on the very batch of the step before.")
+    if steps >= STEPS and len(repeats) >= max(AGAIN * len(following), ROUNDS) and fresh >= ROUNDS:
+        return _found(repeats, AGAIN, "warning", f"Each batch comes {steps / fresh:.1f} times in a row, as when workers read one stream.")
     return _one_order(seen)
 
 
 def _one_order(seen: Series) -> Diagnosis | None:
-    """A note if batches return at one constant distance, of four batches or more, over two whole periods."""
+    """A note if batches return at one distance of four or more, or at multiples of it where a return between was not looked at."""
     returned = [r for r in seen if r.value > 0]
-    (period, times), *_ = Counter(int(r.value) for r in returned).most_common(1) or [(0, 0)]
-    if period < PERIOD or times < PERIODS * period or times < SAME * len(returned):
+    (period, _), *_ = Counter(int(r.value) for r in returned).most_common(1) or [(0, 0)]
+    if period < PERIOD:
+        return None
+    again = [r for r in returned if r.value % period == 0]
+    times, span = len(again), again[-1].step - again[0].step + 1
+    if times < max(RETURNS, SAME * len(returned)) or span < PERIODS * period:
         return None
     text = f"The same batches return every {period} steps, {times} times running: each epoch has the order of the one before."
     return _found([r for r in returned if r.value == period], PERIOD, "note", text)
