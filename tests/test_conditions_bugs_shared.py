@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from charts import chart
 from torch.autograd import Function
 from verdicts import ask, found, read, unexamined
 
+import sickbay
 from sickbay.core.chart import Chart, Reading
 from sickbay.exams import broadcasts, custom_backward
 from sickbay.probes.checkpoints import reads
@@ -168,6 +170,15 @@ class Cube(Function):
         return gradients[0] * Cube.factor * x**2
 
 
+class Slip(Cube):
+    """Its forward is inherited."""
+
+    @classmethod
+    def backward(cls, ctx: Any, *gradients: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * x**2
+
+
 class Sign(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -195,6 +206,21 @@ def test_a_gradient_is_off_by_exactly_what_is_missing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Cube, "factor", 2.0)
     wrong = custom_backward.compare(Cube, (x,))
     assert isinstance(wrong, dict) and wrong["error"] == pytest.approx(1 / 3, rel=1e-4)
+
+
+def test_a_function_that_inherits_its_forward_is_asked_about_and_left_as_it_was(tmp_path: Path) -> None:
+    linear = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=1e-3)
+    with sickbay.watch(linear, optimizer, out=tmp_path / "run") as doctor:
+        for _ in range(3):
+            Slip.apply(linear(torch.randn(5, 4))).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            with torch.no_grad():
+                Slip.apply(linear(torch.randn(5, 4)))  # type: ignore[no-untyped-call]
+            optimizer.zero_grad()
+    (reading,) = doctor.chart()["gradient_error"]
+    assert reading.where == "Slip" and reading.value == pytest.approx(2 / 3, rel=1e-3)
+    assert "forward" not in vars(Slip) and isinstance(vars(Cube)["forward"], staticmethod)
 
 
 def test_gradients_that_differ_on_purpose_are_told() -> None:

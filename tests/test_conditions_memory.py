@@ -43,6 +43,10 @@ def test_tensors_that_pile_up() -> None:
     assert ask("memory-leak", grown(drops=True)) is None
     assert ask("memory-leak", grown(whole=False)) is None
     assert ask("memory-leak", grown(bytes=74.0)) is None
+    assert ask("memory-leak", grown(bytes=74.0, graphs=6)) is None, "graphs of six steps: too few to tell"
+    assert ask("memory-leak", grown(bytes=74.0, graphs=10, drops=True)) is None
+    small = found("memory-leak", grown(bytes=74.0, graphs=36, others=5), "warning").summary
+    assert "and 5 like it gained" in small and "each with the graph that made it" in small
     assert ask("memory-leak", chart(kept_graphs=[0.0, 1.0])) is None
     assert unexamined("memory-leak", chart(loss=[1.0]))
 

@@ -113,6 +113,10 @@ def test_right_attention_scales(value: float) -> None:
 
 def test_a_declared_scale_is_right() -> None:
     assert verdict("attention-scale", chart(attention_scale=scale(4.0, declared=True))) is None
+    later = [dataclasses.replace(reading, step=5) for reading in scale(4.0)]
+    assert verdict("attention-scale", chart(attention_scale=[*scale(4.0, declared=True), *later])) is None, (
+        "training undid what was declared"
+    )
 
 
 def logits(values: Sequence[float], entropy: Sequence[float] = ()) -> Chart:

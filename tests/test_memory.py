@@ -86,6 +86,20 @@ def test_the_container_that_grows_is_found_and_a_bounded_one_is_not() -> None:
     assert answer is not None and answer["path"] == "pile" and answer["bytes"] == pytest.approx(4000)
 
 
+def test_lists_that_grow_alike_are_counted_together_and_one_is_named() -> None:
+    def keep(count: int) -> None:
+        for part in model:
+            part.maps = [*getattr(part, "maps", ()), *(part(torch.ones(1, 4)) for _ in range(count))]
+
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    keep(1)
+    before = census(sys._getframe())
+    keep(6)
+    answer = grown(sys._getframe(), before, 6)
+    assert answer is not None and answer["path"] == "model._modules['0'].maps" and answer["type"] == "list"
+    assert (answer["count"], answer["others"], answer["graphs"]) == (18, 2, 21)
+
+
 def test_paths_lead_through_closures_attributes_and_slots() -> None:
     class Holder:
         __slots__ = ("kept",)

@@ -6,6 +6,7 @@ kept for it. A Function that rounds, passes its input on or reverses its gradien
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -57,17 +58,17 @@ class CustomBackward:
 
     def _arm(self, function: type, passed: int) -> None:
         """The next call of `function`'s forward but `passed` is preceded by the question; after it the class is as it was."""
-        own = function.__dict__.get("forward")
-        if not isinstance(own, staticmethod):
+        own = function.__dict__.get("forward")  # None where it is inherited
+        if not isinstance(inspect.getattr_static(function, "forward"), staticmethod):
             return
-        original = own.__func__
+        original = function.forward  # type: ignore[attr-defined]
         with_context = function.setup_context is torch.autograd.Function.setup_context  # type: ignore[attr-defined]
 
         left = [passed]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if left[0]:
-                left[0] -= 1
+            if left[0] or not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):  # an evaluation has no backward
+                left[0] -= left[0] > 0
                 return original(*args, **kwargs)
             self._disarm(function)
             if self.loop.awake() and not kwargs:
@@ -79,8 +80,12 @@ class CustomBackward:
         function.forward = staticmethod(forward)  # type: ignore[attr-defined]
 
     def _disarm(self, function: type) -> None:
-        own = self._armed.pop(function, None)
-        if own is not None:
+        if function not in self._armed:
+            return
+        own = self._armed.pop(function)
+        if own is None:
+            del function.forward  # type: ignore[attr-defined]
+        else:
             function.forward = own  # type: ignore[attr-defined]
 
     def _ask(self, function: type, args: tuple[Any, ...]) -> None:

@@ -185,10 +185,13 @@ def grown(frame: Any, before: dict[str, list[int]], steps: int) -> dict[str, Any
     full = [(count, path) for count, path in full if not any(o[: len(path)] == path and o != path for _, o in full)]
     if not full:
         return None
-    count, path = full[0]
+    count, whole = full[0]
+    gained = [path for _, _, path in gains if path[: len(whole)] == whole]
+    innermost = [path for path in gained if not any(other != path and other[: len(path)] == path for other in gained)]
+    path = innermost[0]
     if any(reach.containers[path[:n]].bounded for n in range(1, len(path) + 1) if path[:n] in reach.containers):
         return None
-    inside = [f for f in reach.found if f.path[: len(path)] == path]
+    inside = [f for f in reach.found if any(f.path[: len(one)] == one for one in innermost)]
     if all(isinstance(f.tensor, torch.nn.Parameter) for f in inside):
         return None
     container = reach.containers.get(path)
@@ -196,6 +199,8 @@ def grown(frame: Any, before: dict[str, list[int]], steps: int) -> dict[str, Any
         "count": count,
         "path": text_of(path),
         "type": container.kind if container else "",
+        "others": len(innermost) - 1,
+        "graphs": sum(f.tensor.grad_fn is not None for f in inside),
         "function": inside[0].function,
         "tensors": len(inside),
         "bytes": best / steps,

@@ -48,6 +48,7 @@ _RECTIFYING = frozenset(("relu", "relu_", "threshold", "clamp_min", "clamp_min_"
 _NO_BLOCKS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleDict)
 _ROWS = 4
 _MANY_ROWS = 64
+_POSITIONS = 64  # of all rows together: of fewer nothing could be said about a single unit
 _MAX_ELEMENTS = 1 << 17
 _TIMEOUT = 30.0
 
@@ -123,10 +124,11 @@ def _line_in(name: str, operations: list[Operation]) -> str:
 
 
 def _rows(call: ForwardCall) -> int:
-    """How many rows of the batch tell enough: a few of a sequence; of feature vectors and images, where each row is one input, more."""
+    """How many rows of the batch tell enough: a few of a sequence, more of a short one; of feature vectors and images many."""
     whole = [tensor for _, tensor in tensors_in((call.args, call.kwargs)) if tensor.dim() > 0 and len(tensor) == batch_size(call)]
     if not whole or not all(tensor.is_floating_point() for tensor in whole) or max(tensor.dim() for tensor in whole) not in (2, 4):
-        return _ROWS
+        length = max((tensor.shape[1] for tensor in whole if tensor.dim() > 1), default=1)
+        return max(_ROWS, min(_MANY_ROWS, -(-_POSITIONS // max(1, length))))
     return max(_ROWS, min(_MANY_ROWS, _MAX_ELEMENTS * len(whole[0]) // max(1, sum(tensor.numel() for tensor in whole))))
 
 

@@ -45,10 +45,15 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     if graphs:
         return _graphs(chart, graphs[-1])
     grown = [r for r in holders if r.note.get("kind") == "tensors" and r.note.get("whole") and not r.note.get("drops")]
-    grown = [r for r in grown if r.note.get("bytes", 0) >= MINE * r.note.get("growth", float("inf"))]
+    grown = [r for r in grown if r.note.get("bytes", 0) >= MINE * r.note.get("growth", float("inf")) or _keeps_graphs(r)]
     if grown:
         return _tensors(chart, grown[-1])
     return None if chart["kept_graphs"].finite() else NotExamined("no step was seen to end")
+
+
+def _keeps_graphs(holder: Reading) -> bool:
+    """True if all that was gained has the graph that made it: of steps that are over nobody needs one, however small."""
+    return float(holder.note.get("graphs") or 0) >= max(holder.value, KEPT)
 
 
 def _graphs(chart: Chart, holder: Reading) -> Diagnosis:
@@ -77,9 +82,11 @@ def _graphs(chart: Chart, holder: Reading) -> Diagnosis:
 def _tensors(chart: Chart, holder: Reading) -> Diagnosis:
     note = holder.note
     size = number(float(note["bytes"]) / MEBIBYTE)
+    others = f" and {note['others']} like it" if note.get("others") else ""
+    graphs = ", each with the graph that made it" if _keeps_graphs(holder) else ""
     text = (
-        f"`{note['path']}` ({note['type']}) gained {int(holder.value)} tensors in {note['steps']} steps, {size} MiB a step, "
-        "and nothing in the script ever shortens it."
+        f"`{note['path']}` ({note['type']}){others} gained {int(holder.value)} tensors in {note['steps']} steps{graphs}, "
+        f"{size} MiB a step, and nothing in the script ever shortens it."
     )
     evidence = _growth(chart, holder) or (Evidence(holder, 0.0),)
     return Diagnosis(text, evidence, "warning", holder.step, note["path"], holder.source, "likely", seconds=holder.seconds)

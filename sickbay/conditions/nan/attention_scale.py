@@ -37,7 +37,9 @@ TOLERANCE = Threshold(1.3, "ratio either way", source="below √2, the mistake o
 
 def diagnose(chart: Chart) -> Diagnosis | None:
     wrong = [reading for reading in chart["attention_scale"] if _distance(reading) > math.log(TOLERANCE)]
-    wrong = [reading for reading in wrong if not reading.note.get("declared")]
+    # What weights made up for at the first look was meant, whatever training has made of those weights since.
+    first = {reading.where: reading for reading in reversed(chart["attention_scale"])}
+    wrong = [reading for reading in wrong if not reading.note.get("declared") and not first[reading.where].note.get("declared")]
     if not wrong:
         return None
     worst = max(wrong, key=_distance)
