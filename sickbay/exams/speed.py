@@ -55,7 +55,7 @@ class Speed:
         self._nodes, self._first_node = 0, -1
         self._by_backward = False
         self._singles = Singles()
-        self._single_steps: list[tuple[int, bool, str, list[int]]] = []
+        self._single_steps: list[Rows] = []
 
     # --- the loop's events ---------------------------------------------------------------------------------------------
     def forward_begin(self, call: ForwardCall) -> None:
@@ -66,7 +66,7 @@ class Speed:
     def forward_end(self, call: ForwardCall, output: Any) -> None:
         if call.grad_enabled:
             self._compute += time.thread_time() - self._stamp
-            self._singles.made(output)
+            self._singles.made(call, output)
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         if loss is not None and loss.grad_fn is not None:
@@ -87,7 +87,7 @@ class Speed:
             self._steps.append(self._compute)
         self._compute, self._last_calls = 0.0, max(1, self._singles.calls)
         if len(self._single_steps) < 64:
-            self._single_steps.append(self._singles.summary())
+            self._single_steps.append(self._singles.most())
         self._singles = Singles()
 
     # --- the question -----------------------------------------------------------------------------------------------------
@@ -96,8 +96,9 @@ class Speed:
         if not calls or len(self._steps) < 3 or _ranks() > 1:
             self._asked += 1
             return
-        call = calls[-1]
-        single = statistics.median(entry[0] for entry in self._single_steps)
+        single = statistics.median(rows.count for rows in self._single_steps)
+        alone = self._single_steps[-1].module if single >= _SINGLE else 0
+        call = next((call for call in reversed(calls) if id(call.module) == alone), calls[-1])
         wide = any(p.dtype == torch.float64 for p in bare(call.module).parameters())
         caused = wide or single >= _SINGLE or self._nodes > _MANY_NODES * max(1, len(calls))
         one = statistics.median(self._steps[1:]) / self._last_calls
@@ -126,48 +127,74 @@ class Speed:
             source = reading.get("source", "")
             if reading["signal"] == "single_forwards":
                 last = self._single_steps[-1]
-                note.update(same_storage=last[1], shape=last[3], saved=share * (1 - 1 / max(1.0, note["gain"])))
-                source = last[2]
+                note.update(same_storage=last.same_storage, shape=last.shape, saved=share * (1 - 1 / max(1.0, note["gain"])))
+                source = last.source
             self.record.read(reading["signal"], value, where=reading.get("where", ""), note=note, source=source)
 
 
 class Singles:
-    """The calls of one step that pass a single row each, of equal shape, through one module, none of them needing another's result."""
+    """The calls of one step that pass a single row each, module by module."""
 
     def __init__(self) -> None:
         self.calls = 0
-        self.count = 0
-        self._shape: list[int] = []
-        self._source = ""
-        self._module = 0
+        self._rows: dict[int, Rows] = {}
+
+    def add(self, call: ForwardCall) -> None:
+        self.calls += 1
+        self._rows.setdefault(id(call.module), Rows(id(call.module))).add(call)
+
+    def made(self, call: ForwardCall, output: Any) -> None:
+        if id(call.module) in self._rows:
+            self._rows[id(call.module)].made(output)
+
+    def most(self) -> Rows:
+        """Those of the module that is called most often so."""
+        return max(self._rows.values(), key=lambda rows: rows.count, default=Rows(0))
+
+
+class Rows:
+    """One module's calls with single rows of equal shape, none of them needing another's result.
+
+    `count`: 0 where the calls are no such. `shape`: of one. `source`: the user's line. `module`: its id.
+    """
+
+    def __init__(self, module: int) -> None:
+        self.module = module
+        self.shape: list[int] = []
+        self.source = ""
+        self._made = 0
         self._storages: set[int] = set()
         self._outputs: set[int] = set()
         self._sequential = False
 
+    @property
+    def count(self) -> int:
+        return 0 if self._sequential else self._made
+
+    @property
+    def same_storage(self) -> bool:
+        """Whether the rows lie in one tensor."""
+        return self.count > 1 and len(self._storages) == 1
+
     def add(self, call: ForwardCall) -> None:
-        self.calls += 1
         tensors = [tensor for _, tensor in tensors_in((call.args, call.kwargs))]
         if not tensors or any(tensor.requires_grad for tensor in tensors):
             self._sequential = True
             return
         shape = list(tensors[0].shape)
-        if shape[:1] != [1] or len(shape) < 2 or (self._shape and (shape != self._shape or id(call.module) != self._module)):
-            self._sequential = self._sequential or bool(self._shape)
+        if shape[:1] != [1] or len(shape) < 2 or (self.shape and shape != self.shape):
+            self._sequential = self._sequential or bool(self.shape)
             return
         storages = {int(tensor.untyped_storage()._cdata) for tensor in tensors}
         self._sequential = self._sequential or bool(storages & self._outputs)
         self._storages.add(int(tensors[0].untyped_storage()._cdata))
-        self._shape, self._source, self._module = shape, call.source, id(call.module)
-        self.count += 1
+        self.shape, self.source = shape, call.source
+        self._made += 1
 
     def made(self, output: Any) -> None:
-        if self.count:
+        """What one of the calls gave."""
+        if self._made:
             self._outputs |= {int(tensor.untyped_storage()._cdata) for _, tensor in tensors_in(output)}
-
-    def summary(self) -> tuple[int, bool, str, list[int]]:
-        """(calls, whether their rows lie in one tensor, the user's line, the shape of one)."""
-        count = 0 if self._sequential else self.count
-        return count, count > 1 and len(self._storages) == 1, self._source, self._shape
 
 
 def _ranks() -> int:
