@@ -145,6 +145,21 @@ def test_an_evaluation_is_seen_at_its_step(tmp_path: Path) -> None:
     assert len(slept) > STEPS / 3
 
 
+@pytest.mark.parametrize("step", range(TROUBLE, TROUBLE + 9))
+def test_in_whatever_step_an_evaluation_comes_its_mode_is_seen(tmp_path: Path, step: int) -> None:
+    def disturb(now: int, model: Any, _: Any) -> None:
+        if now == 0:
+            model.noise = nn.Dropout(0.5)
+        if now == step:
+            with torch.no_grad():
+                for _ in range(3):
+                    F.cross_entropy(model(torch.rand(5, 4)), torch.randint(0, 3, (5,)))
+
+    chart, _, slept = trained(tmp_path / "run", disturb)
+    assert [reading.step for reading in chart["evaluation_mode"]] == [step]
+    assert len(slept) > STEPS / 3
+
+
 @pytest.mark.parametrize("what", ["evaluation mode", "another loss", "rows", "another optimizer", "a second backward"])
 def test_whatever_is_not_plain_wakes(tmp_path: Path, what: str) -> None:
     side = nn.Linear(4, 3)

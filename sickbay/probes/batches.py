@@ -131,5 +131,6 @@ def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], N
     probe = Batches(patient, record, loop)
     for event in ("forward_end", "backward_begin", "functional"):
         loop.on(event, probe, getattr(probe, event))
-    loop.rests(probe)
+    loop.rests(probe, but=("forward_end",))  # an evaluation may come in any step
+    loop.sleeps(probe, through=("forward_end",))
     return lambda: None
