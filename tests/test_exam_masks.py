@@ -192,6 +192,35 @@ def test_rows_of_numbers(pooled: bool) -> None:
         assert "future_influence" not in found
 
 
+@pytest.mark.parametrize("zero_head", [False, True])
+def test_rows_that_mix_where_the_readout_hides_it(zero_head: bool) -> None:
+    class Images(nn.Module):
+        """Attention over the rows, read at a token that is the same in all of them: the outputs are constant."""
+
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            self.embed, self.token, self.places = (
+                nn.Linear(3, D),
+                nn.Parameter(torch.randn(1, 1, D)),
+                nn.Parameter(torch.randn(1, T + 1, D)),
+            )
+            self.attention, self.head = nn.MultiheadAttention(D, 2, batch_first=batch_first), nn.Linear(D, 3)
+            if zero_head:
+                nn.init.zeros_(self.head.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.places
+            hidden = hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0]
+            return self.head(hidden[:, 0])
+
+    x = torch.randn(9, T, 3)
+    for batch_first in (True, False):
+        patient, output = patient_of(Images(batch_first), x)
+        found = answers(patient, F.mse_loss(output, torch.randn_like(output)))
+        assert ("row_influence" in found and found["row_influence"] > 0.01) is not batch_first
+    assert found.readings["row_influence"]["where"] == "attention"
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_padding_under_a_bidirectional_mask(masked: bool) -> None:
     ids, real = padded()

@@ -185,7 +185,8 @@ class Examination:
         if again is None or isinstance(found, str):
             self._unmeasured(str(found), "row_influence")
         else:
-            self._add("row_influence", found[0], ("", again.source("")), rows=found[1], **batch_norm_of(again))
+            place = (found.where, again.source(found.source))
+            self._add("row_influence", found.value, place, rows=found.rows, **batch_norm_of(again))
 
     def _graph(self) -> Graph | None:
         graph = graph_of(self.loss) if self.loss is not None and self.loss.grad_fn is not None else None

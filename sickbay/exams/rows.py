@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sickbay.exams.influences import even_rows
 from sickbay.exams.perturbation import NOISE
 from sickbay.exams.sequences import Observation, Rerun, float_leaves, time_axis
-from sickbay.patient import mapped
+from sickbay.patient import ForwardCall, bare, mapped, user_line
+
+_NUMBERS = 1024  # of a row that are compared
 
 
-def row_influence(again: Rerun, seen: Observation) -> tuple[float, int] | str:
-    """(change of the other rows' outputs over that of the changed rows, number of rows); a reason where it cannot be told."""
+class Influence(NamedTuple):
+    """Change of the other rows over that of the changed rows. `where`: the module in which that is so, "" = the outputs of all."""
+
+    value: float
+    rows: int
+    where: str = ""
+    source: str = ""
+
+
+def row_influence(again: Rerun, seen: Observation) -> Influence | str:
+    """What rows do to the outputs of others; where no output depends on the inputs, inside the model. Or why that cannot be told."""
     call = again.call
     source = next((tensor for _, tensor in again.arguments if tensor.is_floating_point() and tensor.dim() >= 2), None)
     leaf = next((index for index, tensor in enumerate(float_leaves(seen.output)) if tensor.dim() >= 1), None)
@@ -44,7 +57,60 @@ def row_influence(again: Rerun, seen: Observation) -> tuple[float, int] | str:
     own, others = _moved(before[even], after[even]), _moved(before[~even], after[~even])
     if _moved(before, repeated) > NOISE * float(torch.nan_to_num(before).abs().max()):
         return "the forward pass does not repeat exactly"
-    return (others / own, rows) if own > 0 else "no output moves when the inputs are changed"
+    if own > 0:
+        return Influence(others / own, rows)
+    return _inside(again, changed, axis, even) or "no output moves when the inputs are changed"
+
+
+def _inside(again: Rerun, changed: ForwardCall, axis: int, even: Tensor) -> Influence | None:
+    """The first module in which rows move others, where the readout hides it (attention over rows, read at a token they all share)."""
+    call, rows = again.call, len(even)
+    assert call is not None
+    with _parts(call.module, axis, rows) as before:
+        again()
+    again.call = changed
+    with _parts(call.module, axis, rows) as after:
+        again()
+    again.call = call
+    for one, other in zip(before, after):
+        if one.name != other.name or one.output.shape != other.output.shape:
+            return None
+        own, others = _moved(one.output[even], other.output[even]), _moved(one.output[~even], other.output[~even])
+        if own > 0 and others > NOISE * float(torch.nan_to_num(one.output).abs().max()):
+            return Influence(others / own, rows, one.name, one.source)
+    return None
+
+
+class Part(NamedTuple):
+    """One call of a module. `output`: some of the numbers it gave for each row, `(rows, numbers)`."""
+
+    name: str
+    output: Tensor
+    source: str
+
+
+@contextlib.contextmanager
+def _parts(module: nn.Module, axis: int, rows: int) -> Iterator[list[Part]]:
+    """Collects what the modules give whose output has one axis as long as the batch, where the batch was."""
+    found: list[Part] = []
+    handles = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(part: nn.Module, args: Any, output: Any) -> None:
+            for leaf in float_leaves(output)[:1]:
+                if leaf.dim() > max(axis, 1) and leaf.shape[axis] == rows and list(leaf.shape).count(rows) == 1:
+                    numbers = leaf.detach().movedim(axis, 0).flatten(1)
+                    found.append(Part(name, numbers[:, :: max(1, -(-numbers.shape[1] // _NUMBERS))].double(), user_line()))
+
+        return note
+
+    for name, part in bare(module).named_modules():
+        handles.append(part.register_forward_hook(hook(name)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _answers(again: Rerun, leaf: int, axis: int) -> Tensor:
