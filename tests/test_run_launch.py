@@ -71,10 +71,12 @@ def test_rank_zero_waits_only_so_long(tmp_path: Path) -> None:
         tmp_path,
         """
         import os, pathlib, time
-        if os.environ["RANK"] == "1":
-            while not pathlib.Path("run/report.html").exists():  # written last, by rank 0, which waits for us
-                time.sleep(0.1)
-        1 / int(os.environ["RANK"])
+        started, rank = pathlib.Path("started"), int(os.environ["RANK"])
+        if rank:
+            started.touch()
+        while not (pathlib.Path("run/report.html") if rank else started).exists():  # the page is what rank 0 writes last, after its wait
+            time.sleep(0.1)
+        1 / rank
         """,
     )
     outcomes = together(tmp_path, "--out", "run", "script.py")
