@@ -181,13 +181,12 @@ def grown(frame: Any, before: dict[str, list[int]], steps: int) -> dict[str, Any
         if len(sizes) - count >= max(_FEWEST, steps // 2) and text_of(path) in before:
             gains.append((sum(sizes.values()) - size, len(sizes) - count, path))
     best = max((size for size, _, _ in gains), default=0)
-    full = [(count, path) for size, count, path in gains if size >= _WORTH * best]
-    full = [(count, path) for count, path in full if not any(o[: len(path)] == path and o != path for _, o in full)]
-    if not full:
+    counts = {path: count for size, count, path in gains if size >= _WORTH * best}
+    if not counts:
         return None
-    count, whole = full[0]
-    gained = [path for _, _, path in gains if path[: len(whole)] == whole]
-    innermost = [path for path in gained if not any(other != path and other[: len(path)] == path for other in gained)]
+    whole = _innermost(list(counts))[0]
+    count = counts[whole]
+    innermost = _innermost([path for _, _, path in gains if path[: len(whole)] == whole])
     path = innermost[0]
     if any(reach.containers[path[:n]].bounded for n in range(1, len(path) + 1) if path[:n] in reach.containers):
         return None
@@ -210,6 +209,11 @@ def grown(frame: Any, before: dict[str, list[int]], steps: int) -> dict[str, Any
         "whole": inside[-1].tensor.is_floating_point(),
         "source": storing_line(path, inside[0].file, inside[0].function),
     }
+
+
+def _innermost(paths: list[Path]) -> list[Path]:
+    """Those of `paths` that no other of them lies beneath."""
+    return [path for path in paths if not any(other != path and other[: len(path)] == path for other in paths)]
 
 
 def _contents(reach: Reach) -> dict[Path, dict[int, int]]:
