@@ -160,6 +160,20 @@ def test_in_whatever_step_an_evaluation_comes_its_mode_is_seen(tmp_path: Path, s
     assert len(slept) > STEPS / 3
 
 
+def test_evaluations_in_training_mode_are_a_habit_though_the_last_one_is_right(tmp_path: Path) -> None:
+    def disturb(now: int, model: Any, _: Any) -> None:
+        if now == 0:
+            model.noise = nn.Dropout(0.5)
+        if now in (12, TROUBLE, TROUBLE + 6):
+            model.train(now != TROUBLE + 6)  # the last one is the closing sample
+            with torch.no_grad():
+                F.cross_entropy(model(torch.rand(5, 4)), torch.randint(0, 3, (5,)))
+            model.train()
+
+    chart, _, _ = trained(tmp_path / "run", disturb)
+    assert [(reading.step, reading.value) for reading in chart["evaluation_mode"]] == [(12, 1.0), (TROUBLE, 1.0), (TROUBLE + 6, 0.0)]
+
+
 @pytest.mark.parametrize("what", ["evaluation mode", "another loss", "rows", "another optimizer", "a second backward"])
 def test_whatever_is_not_plain_wakes(tmp_path: Path, what: str) -> None:
     side = nn.Linear(4, 3)

@@ -34,7 +34,7 @@ class Batches:
         self._last_step = -1
         self._last_tensors: list[weakref.ref[Tensor]] = []
         self._stochastic: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, nn.Module]]] = weakref.WeakKeyDictionary()
-        self._modes: dict[tuple[int, bool], float] = {}
+        self._modes: dict[tuple[int, bool], tuple[float, int, bool]] = {}  # share and repeats, the step that wrote it, that it is a habit
         self._evaluations: dict[int, int] = {}
         self._single: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -99,9 +99,12 @@ class Batches:
             repeats = self._evaluations[mark] = self._evaluations.get(mark, 0) + 1
             if len(self._evaluations) > 64:
                 self._evaluations.pop(next(iter(self._evaluations)))
-        key = (id(call.module), evaluating)
-        if self._modes.get(key) != share + repeats:
-            self._modes[key] = share + repeats
+        # Written when it changes, and an evaluation's once more: the second step in which it is so makes a habit of a single look.
+        key, mode, step = (id(call.module), evaluating), share + repeats, self.record.step
+        before, since, habit = self._modes.get(key, (-1.0, step, False))
+        again = mode == before and evaluating and not habit and step > since
+        if mode != before or again:
+            self._modes[key] = (mode, step, again)
             modules = [clean(name) for name, part in parts if part.training == evaluating][:16]
             note = {"modules": modules, "count": len(parts), "repeats": repeats}
             self.record.read(signal, share, where=modules[0] if modules else "", note=note, source=call.source)
