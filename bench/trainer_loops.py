@@ -36,6 +36,7 @@ from sickbay.reference.settings.recipe import Recipe
 from sickbay.reference.text.tokenizer import CharTokenizer
 from sickbay.reference.training import loss, optimizer, schedule
 from sickbay.reference.training.machine import processor
+from sickbay.reference.training.precision import autocast, settled
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ GPT: dict[str, Any] = {"norm": "layernorm", "positions": "learned", "activation"
 README = Recipe()
 MODERN: dict[str, Any] = {"norm": "rmsnorm", "positions": "rotary", "activation": "relu2", "qk_norm": True, "zero_outputs": True}
 BEST = PRESETS["best"]
+EXACT: dict[str, Any] = {"precision": "fp32"}
 LINEAR: dict[str, Any] = {"schedule": "linear", "min_learning_rate": 0.0, "warmup": 40, "weight_decay": 0.0, "beta2": 0.95}
 
 
@@ -71,8 +73,9 @@ class Setting:
 
 
 SETTINGS = {
-    "ours": Setting("our loop, nanoGPT's model and recipe"),
-    "ours-compiled": Setting("the same, torch.compile", compile=True),
+    "ours": Setting("our loop, nanoGPT's model and recipe", recipe=EXACT),
+    "ours-compiled": Setting("the same, torch.compile", recipe=EXACT, compile=True),
+    "ours-bf16": Setting("the same, products in bf16 (the default where they are faster, from 256 wide on)", recipe={"precision": "bf16"}),
     "schedule": Setting("AdamW 4e-3, linear to zero, each window once", recipe={**LINEAR, "learning_rate": 4e-3}, order="shuffled"),
     "modern": Setting(
         "+ RMSNorm, rotary, QK-norm, ReLU squared, zero outputs", MODERN, {**LINEAR, "learning_rate": 4e-3}, order="shuffled"
@@ -97,6 +100,7 @@ Step = Callable[[float], Tensor]  # the share of the schedule that is done -> th
 def our_step(setting: Setting, shape: Shape, text: Text, start: Path | None = None) -> tuple[Transformer, Step]:
     """Our model and one step of the reference's loop. `start`: weights to begin with, a state dict saved by nanoGPT's model."""
     recipe = Recipe(**{"batch_size": shape.batch_size, **setting.recipe})
+    precision = settled(recipe.precision, shape.dim, "cpu")
     torch.manual_seed(recipe.seed)
     model = Transformer(shape.config(**setting.config))
     if start is not None:
@@ -110,7 +114,8 @@ def our_step(setting: Setting, shape: Shape, text: Text, start: Path | None = No
     def step(progress: float) -> Tensor:
         ids_BT, targets_BT = next(rows)
         optimizer.set_learning_rate(trained, schedule.scheduled(recipe, int(progress * recipe.steps)))
-        value = loss.next_token_loss(model, ids_BT, targets_BT)
+        with autocast(precision, "cpu"):
+            value = loss.next_token_loss(model, ids_BT, targets_BT)
         train.backward(value, 1.0)
         train.update(model, trained, recipe.clip)
         return value.detach()

@@ -30,7 +30,7 @@ from sickbay.reference.training.loss import next_token_loss
 from sickbay.reference.training.machine import demand_compiler, processor
 from sickbay.reference.training.muon import QUINTIC, ROUNDS, orthogonalized, stacked_step
 from sickbay.reference.training.optimizer import hidden_matrices, make_adamw, make_optimizer, set_learning_rate, stack_groups
-from sickbay.reference.training.precision import autocast, make_scaler, slow_here
+from sickbay.reference.training.precision import WIDE, autocast, make_scaler, settled, slow_here
 from sickbay.reference.training.schedule import learning_rate_at
 from sickbay.reference.training.stopping import Patience
 
@@ -229,8 +229,18 @@ def test_a_processor_without_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert "slower" in (slow_here("bf16", "cpu") or "")
     assert slow_here("fp32", "cpu") is None and slow_here("bf16", "cuda") is None
+    assert settled("auto", WIDE, "cpu") == "fp32"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert slow_here("bf16", "cpu") is None
+    assert settled("auto", WIDE, "cpu") == "bf16" and settled("auto", WIDE - 1, "cpu") == "fp32"
+    assert settled("fp16", WIDE, "cpu") == "fp16" and settled("fp32", WIDE, "cpu") == "fp32"
+
+
+def test_normalised_queries_stay_out_of_half_precision(recwarn: pytest.WarningsRecorder) -> None:
+    model = model_of(Config(dim=16, num_layers=1, num_heads=2, vocab_size=11, context=12, qk_norm=True))
+    with autocast("bf16", "cpu"):
+        next_token_loss(model, ids_of(), ids_of(seed=1)).backward()
+    assert not [str(warning.message) for warning in recwarn]  # torch's: "Cannot dispatch to fused implementation"
 
 
 # The process

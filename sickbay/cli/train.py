@@ -94,8 +94,11 @@ def main(args: argparse.Namespace) -> int:
                 if earlier is None and settings.recipe.from_pretrained is not None:
                     settings = _shaped_as_trained(settings, asked)
                 corpus = _corpus(settings, out, earlier)
-                settings = _with_vocabulary(settings, asked, corpus) if earlier is None else settings
+                if earlier is None:
+                    settings = _with_precision(_with_vocabulary(settings, asked, corpus), world.device)
                 if world.first:
+                    if settings.recipe.precision == "bf16" and "precision" not in asked["recipe"]:
+                        print("note: products in bf16, which are faster here; --precision fp32 computes them in full", file=sys.stderr)
                     out.mkdir(parents=True, exist_ok=True)
                     settings_of.write(settings, out / settings_of.FILE)
             try:
@@ -304,6 +307,14 @@ def _with_vocabulary(settings: Settings, asked: Tables, corpus: Corpus) -> Setti
             raise UsageError(f"pad_id is {asked['model']['pad_id']}; it must be left out with objective=pairs, which adds one")
         shape = dataclasses.replace(shape, pad_id=objective.pad_id)
     return dataclasses.replace(settings, model=shape)
+
+
+def _with_precision(settings: Settings, device: str) -> Settings:
+    """`settings` with the precision that "auto" stands for on this machine."""
+    from sickbay.reference.training.precision import settled
+
+    precision = settled(settings.recipe.precision, settings.model.dim, device)
+    return dataclasses.replace(settings, recipe=dataclasses.replace(settings.recipe, precision=precision))
 
 
 def _find_learning_rate(settings: Settings, asked: Tables, device: str, as_json: bool) -> int:

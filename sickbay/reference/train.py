@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +27,7 @@ from sickbay.reference.training.interrupt import Stopped, on_request
 from sickbay.reference.training.loss import prediction_loss, token_shares
 from sickbay.reference.training.machine import processor
 from sickbay.reference.training.optimizer import set_learning_rate
-from sickbay.reference.training.precision import autocast
+from sickbay.reference.training.precision import autocast, settled
 from sickbay.reference.training.progress import Progress
 from sickbay.reference.training.schedule import scheduled
 
@@ -98,6 +99,7 @@ def train(
     Raises ValueError (too little text), FloatingPointError (the loss is not finite), Stopped (by a signal, with a checkpoint),
     OSError (at the end, where the last checkpoint could not be written).
     """
+    recipe = dataclasses.replace(recipe, precision=settled(recipe.precision, config.dim, device))
     task = task_of(corpus, config, recipe, texts)
     parts = begin(config, recipe, resume, world, device)
     first = parts.steps

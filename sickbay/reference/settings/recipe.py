@@ -11,7 +11,7 @@ Objective = Literal["next-token", "masked-token", "span-corruption", "pairs"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 OptimizerKind = Literal["adamw", "muon"]
 Recompute = Literal["none", "block", "sqrt"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Parallel = Literal["none", "ddp", "fsdp", "tp"]
 
 
@@ -49,7 +49,8 @@ class Recipe:
     `ema`: decay rate of an average of the weights, evaluated and saved beside them; none = no average.
     `patience`: evaluations without a better validation loss after which the run ends, its best checkpoint kept; none = never.
     `recompute`: activations computed again in the backward pass: none, of each block, or of sqrt(layers) segments (Chen et al. 2016).
-    `precision`: of the forward pass: fp32, bf16 or fp16 (with a gradient scaler); weights stay float32.
+    `precision`: of the forward pass: fp32, bf16 or fp16 (with a gradient scaler); weights stay float32. auto = the faster of fp32 and
+        bf16 on the machine; the run's config.toml says which.
     `parallel`: over several processes: none, ddp (copies), fsdp (shares of everything) or tp (shares of each block); see parallel.py.
     `compile`: the model goes through torch.compile: slower to start, faster from then on.
     `threads`: of the CPU; none = torch's own choice, one a core.
@@ -89,7 +90,7 @@ class Recipe:
     ema: float | None = None
     patience: int | None = None
     recompute: Recompute = "none"
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
     parallel: Parallel = "none"
     compile: bool = False
     threads: int | None = None

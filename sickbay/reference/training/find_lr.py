@@ -15,6 +15,7 @@ from sickbay.reference.settings.settings import Settings
 from sickbay.reference.train import update
 from sickbay.reference.training.loss import prediction_loss
 from sickbay.reference.training.optimizer import make_optimizer, set_learning_rate
+from sickbay.reference.training.precision import autocast, settled
 
 LOWEST, HIGHEST = 1e-6, 1.0
 TRIALS = 120  # 20 a decade
@@ -65,6 +66,8 @@ def find_learning_rate(corpus: Corpus, settings: Settings, device: str = "cpu") 
     A Muon recipe's matrices keep the ratio of their learning rate to the others'. Raises ValueError (too little text).
     """
     config, recipe = settings.model, settings.recipe
+    settled_on = settled(recipe.precision, config.dim, device)
+    precision = "fp32" if settled_on == "fp16" else settled_on  # no scaler here
     torch.manual_seed(recipe.seed)
     model = model_for(recipe.objective, config).to(device)
     optimizer = make_optimizer(model, recipe)
@@ -75,7 +78,8 @@ def find_learning_rate(corpus: Corpus, settings: Settings, device: str = "cpu") 
     for number, batch in zip(range(TRIALS), batches):
         rate = LOWEST * (HIGHEST / LOWEST) ** (number / (TRIALS - 1))
         set_learning_rate(optimizer, rate)
-        loss = prediction_loss(model, batch, config.pad_id)
+        with autocast(precision, device):
+            loss = prediction_loss(model, batch, config.pad_id)
         loss.backward()
         update(model, optimizer, recipe.clip)
         running = SMOOTHING * running + (1 - SMOOTHING) * loss.item()
