@@ -68,7 +68,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         H, G = self.num_heads, self.kv_heads
         heads_BXTK = self.query_key_value(x_BTD).view(B, T, H + 2 * G, self.head_dim).transpose(1, 2)
-        query_BHTK, key_BGTK, value_BGTK = heads_BXTK.split((H, G, G), dim=1)
+        query_BHTK, key_BGTK, value_BGTK = heads_BXTK.split_with_sizes((H, G, G), dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             weights = self.query_norm.weight.dtype  # under autocast queries and keys are in half precision, a norm's weights are not
             query_BHTK, key_BGTK = self.query_norm(query_BHTK.to(weights)), self.key_norm(key_BGTK.to(weights))
