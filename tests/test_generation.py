@@ -246,10 +246,11 @@ def test_hot_and_foreign_texts_are_found_and_usual_ones_are_not() -> None:
 
 
 def test_a_gap_within_half_precision_is_none() -> None:
-    def gap(value: float, half: bool) -> Any:
-        return chart(generation_gap=[read("generation_gap", value, kind="cached", tokens=6, kl=0.01, half=half)])
+    def gap(value: float, half: bool, kl: float = 0.01) -> Any:
+        return chart(generation_gap=[read("generation_gap", value, kind="cached", tokens=6, kl=kl, half=half)])
 
     assert ask("generation-path-mismatch", gap(0.1, True)) is None
     assert ask("generation-path-mismatch", gap(0.001, False)) is None
     assert "cache" in found("generation-path-mismatch", gap(0.1, False), "critical").summary
+    found("generation-path-mismatch", gap(0.1, False, kl=1e-5), "warning")  # another function, but no other text
     assert "finite" in unexamined("generation-path-mismatch", gap(float("nan"), False))
