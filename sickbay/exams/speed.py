@@ -28,7 +28,7 @@ SIGNALS = ("float64_gain", "loop_gain", "broadcast_gain", "attention_gain", "cop
 
 _AT = (6, 20, 40, 60, 100, 200, 600)  # steps: the first is past what starting up costs
 _PASSES = {True: 4, False: 7}  # forwards and backwards that the question takes, as long as nothing turns up, where one is long or not
-_LONG = 0.1  # seconds: what takes this long is timed well enough by one pass
+_LONG = 0.05  # seconds: what takes this long is timed well enough by one pass
 _SHORT = 0.5  # seconds: a question of this length may be asked once early
 _CAUSED = 4.0  # seconds: with a cause to ask (float64, single rows, very many operations)
 _SHARE_OF_RUN = 0.1  # what a first question may take of the run so far
