@@ -35,6 +35,7 @@ PROBES = (
     "parameters",
     "batches",
     "corpus",
+    "endings",
     "guessing",
     "pairing",
     "scaling",

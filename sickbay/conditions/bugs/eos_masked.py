@@ -9,7 +9,8 @@ Why
 
 Tell apart
     padding-in-loss is the opposite: padding counted. Texts cut off at the maximal length hold no end token at all, and then there is none
-    to learn here either: this needs end tokens among the inputs.
+    to learn here either: this needs end tokens among the inputs, told by a mask, by the configuration, or by the longest row of every
+    batch, which padding alone would leave whole.
 
 Cure
     Give padding a token of its own (and resize the embedding), or mask the labels by attention_mask instead of by id.

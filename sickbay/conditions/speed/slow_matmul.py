@@ -61,8 +61,8 @@ def _text(reading: Reading) -> str:
     if reading.signal == "loop_gain":
         times = note["loop_seconds"] / max(note["batched_seconds"], 1e-9)
         text = f"{note['count']} calls of {note['operation']} from one line in each forward, up to {note['width']} of them independent;"
-        faster = f"is {times:.1f} times as fast and " if times >= 1.1 else ""  # else what is saved is the calling itself
-        return f"{text} one batched call {faster}saves {share}."
+        quicker = f"is {times:.1f} times as fast and " if times >= 1.1 else ""  # else what is saved is the calling itself
+        return f"{text} one batched call {quicker}saves {share}."
     if reading.signal == "float64_gain":
         threads = " on one thread" if note.get("script_threads") == 1 else ""
         ratio = note["seconds64"] / max(note["seconds32"], 1e-9)
