@@ -160,6 +160,37 @@ def step_by_step(model: nn.Module, count: int = 40) -> list[int]:
     return said
 
 
+class Translator(nn.Module):
+    """A running mean of the target beside the mean of a source of the same length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target, self.head = nn.Embedding(12, 16), nn.Embedding(12, 16), nn.Linear(16, 12)
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
+        counts = torch.arange(1, tgt.shape[1] + 1)[:, None]
+        return self.head((self.target(tgt).cumsum(1) / counts + self.source(src).mean(1, keepdim=True)).tanh())
+
+
+def test_a_target_as_long_as_its_source_is_what_grows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Translator()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        for _ in range(20):
+            src = torch.randint(12, (8, 16))
+            ids = torch.cat((torch.zeros(8, 1, dtype=torch.int64), src), 1)
+            loss = nn.functional.cross_entropy(model(src, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            src, made = torch.randint(12, (3, 16)), torch.zeros(3, 1, dtype=torch.int64)
+            for _ in range(16):
+                made = torch.cat((made, model(src, made)[:, -1].argmax(-1, keepdim=True)), 1)
+    assert doctor.chart()["generation_gap"][0].value < 1e-4
+
+
 def test_a_cache_that_agrees_is_told_from_one_that_does_not(tmp_path: Path) -> None:
     right = trained(tmp_path / "right", Reader(), step_by_step)
     wrong = trained(tmp_path / "wrong", Reader(shifted=True), step_by_step)

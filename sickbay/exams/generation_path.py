@@ -190,7 +190,8 @@ def compare(trained: nn.Module, form: Form, track: Track, call: ForwardCall) -> 
         ids = ids.t()
     got = track.logits
     ids, got = _without_padding(ids, got, track, given)
-    name = track.name if track.name in form.inputs else (form.inputs or form.targets)[0]
+    known = (*form.inputs, *form.targets)  # a decoder's tokens as long as the source's look like targets, and grow all the same
+    name = track.name if track.name in known else known[0]
     rows = len(got)
     again = _Again(trained, form, name, given, rows, track, call)
     position = track.place - max(ids.shape) if track.kind == "buffer" else -1
