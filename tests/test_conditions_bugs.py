@@ -165,3 +165,12 @@ def test_eos_masked() -> None:
     assert found("eos-masked", ends(0, inputs=4), "warning") and found("eos-masked", ends(0, 0, inputs=1), "warning")
     assert unexamined("eos-masked", ends(0, 0, inputs=0))
     assert unexamined("eos-masked", ends(NAN, NAN))
+
+
+def test_padding_that_can_be_cut_off_is_no_fault_unless_it_mostly_cannot() -> None:
+    def looks(*cuts: float | None) -> Any:
+        return chart(padding_influence=[read("padding_influence", 0.5, step, pad_id=0, cut=cut) for step, cut in enumerate(cuts)])
+
+    assert ask("padding-attended", looks(0.01, 0.04, 0.03, 0.27)) is None
+    found("padding-attended", looks(0.01, 0.6, 0.7), "warning")
+    found("padding-attended", looks(None), "warning")
