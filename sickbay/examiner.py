@@ -44,6 +44,7 @@ EXAMS: tuple[str, ...] = (
     "settings",
     "memory_parts",
     "overflow",
+    "preparation",
 )
 
 _MASKS_AT = (0, 1, 2, 5, 20, 100)
@@ -239,6 +240,8 @@ class Examiner:
                 step = self.record.step - 1
                 self.record.read("first_nonfinite", update.value, where=update.where, note=update.note, source=update.source, step=step)
             self.record.read("first_nonfinite", answer.value, where=answer.where, note=answer.note, source=answer.source)
+            if _from_outside(answer.note):
+                self.loop.emit("from_outside")
 
     def _learn_lines_again(self) -> None:
         """Should the next loss be NaN too, its lines and what has no gradient are known."""
@@ -280,6 +283,12 @@ class Examiner:
 
     def detach(self) -> None:
         self._lines.end()
+
+
+def _from_outside(note: dict[str, Any]) -> bool:
+    """True where the operation that was found only met what was not finite before it."""
+    met = note.get("ungraded") or any(operand.get("nonfinite") for operand in note.get("operands") or ())
+    return note.get("phase") == "input" or (note.get("phase") in ("forward", "loss") and bool(met))
 
 
 def _line_of(exception: BaseException) -> str:

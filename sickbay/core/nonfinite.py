@@ -14,7 +14,7 @@ from typing import Any
 
 from sickbay.core.chart import Reading
 
-FORWARD = ("forward", "loss")
+FORWARD = ("forward", "loss", "data")
 LARGEST_FINITE = {"float16": 65504.0, "bfloat16": 3.389e38, "float32": 3.403e38, "float64": 1.798e308}  # IEEE 754-2019, table 3.5
 HIGHEST_POWER = 4  # the largest exponent in common use: kurtosis, GELU's cube
 _WRAPPING = re.compile(r"(^aten(::|\.)|^_+|Backward\d*$|_+$)")
@@ -54,7 +54,7 @@ class Origin:
 
     @property
     def forward(self) -> bool:
-        """True where the value was born going forward, in the model or in the loss."""
+        """True where the value was born going forward, before the model, in it or in the loss."""
         return self.phase in FORWARD
 
     @property
@@ -81,6 +81,9 @@ class Origin:
     @property
     def place(self) -> str:
         """Where it happened, for a sentence: the module's path, or the phase."""
+        again = self.reading.note.get("seen_again")
+        if again is not None:
+            return f"what comes before the model (these numbers are step {again}'s, where it did so again)"
         return self.reading.where or {"loss": "the loss", "backward": "the backward pass"}.get(self.phase, "the model")
 
 

@@ -130,7 +130,7 @@ _ROWS = (
     Signal("generation_gap", "ratio", "module", "largest difference between the log-probabilities that the generating loop got and those of the training forward on the same tokens, over the spread of the latter; note: kl (nats), kind, tokens, half (half precision)", "no generation by a trained model was seen"),
     # --- things that broke ------------------------------------------------------------------------------------------
     Signal("nonfinite_step", "steps", "run", "a NaN or infinity was first noticed; note: what (loss, gradient, weight, update)", event=True),
-    Signal("first_nonfinite", "elements", "module", "the first operation with a non-finite result from finite operands; note: op, phase, operands, result, chain", event=True),
+    Signal("first_nonfinite", "elements", "module", "the first operation with a non-finite result from finite operands; note: op, phase, operands, result, chain, seen_again (made before the model; the numbers are that step's)", event=True),
     Signal("exception", "errors", "run", "an uncaught exception; note: type, message, kind, shapes, likely, operation", event=True),
 )
 # fmt: on

@@ -287,6 +287,13 @@ def _from_birth(birth: Birth, patient: Patient) -> _Traced:
     return _Traced(finding, calls[-1] if calls else None, bad_step.value_of(birth.op, birth.result))
 
 
+def data_finding(birth: Birth) -> Finding:
+    """`birth`, an operation before the model was called, as a finding."""
+    note = _note(familiar(birth.op), "data", birth.operands, birth.result, [])
+    note["traced"] = "the operations before the next forward were looked at"
+    return Finding(count_nonfinite(birth.result), "", birth.source, note)
+
+
 def _from_fault(fault: Fault, call: ForwardCall | None) -> _Traced:
     names = [argument.name for argument in fault.func._schema.arguments]
     operands = [(name, value) for name, value in zip(names, fault.args) if isinstance(value, Tensor)]

@@ -19,6 +19,7 @@ from sickbay.patient import user_line
 
 MAX_OPERATIONS = 64
 MAX_ELEMENTS = 1 << 14  # of an operand: per-sample numbers are few, and whatever is larger is not held
+MAX_BAD_ELEMENTS = 1 << 22  # where only what is not finite is held
 _NAMES = {"truediv": "div", "itruediv": "div", "rdiv": "reciprocal", "rtruediv": "reciprocal"}
 
 
@@ -37,9 +38,13 @@ class Birth:
 
 
 class Ungraded:
-    """`note` each recorded call, `forget` after the step; `birth` names the operation behind a tensor that is not finite."""
+    """`note` each recorded call, `forget` after the step; `birth` names the operation behind a tensor that is not finite.
 
-    def __init__(self) -> None:
+    `only_bad`: what is finite is not held, for which each result is read once.
+    """
+
+    def __init__(self, only_bad: bool = False) -> None:
+        self._only_bad = only_bad
         self._calls: deque[Birth] = deque(maxlen=MAX_OPERATIONS)
 
     def note(self, function: Any, args: Any, result: Any) -> None:
@@ -51,7 +56,8 @@ class Ungraded:
         if not isinstance(result, Tensor) or result.requires_grad or not result.is_floating_point():
             return
         operands = [arg for arg in args if isinstance(arg, Tensor)]
-        if operands and all(tensor.numel() <= MAX_ELEMENTS for tensor in (*operands, result)):
+        most = MAX_BAD_ELEMENTS if self._only_bad else MAX_ELEMENTS
+        if operands and all(tensor.numel() <= most for tensor in (*operands, result)) and not (self._only_bad and not kinds(result)):
             called = getattr(function, "__name__", "")
             writes = called.startswith("__i") or (called.endswith("_") and not called.endswith("__"))
             # Without their history: a graph, or a weight that the script replaces, must not outlive its place in the script.

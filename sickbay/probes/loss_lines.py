@@ -6,6 +6,7 @@ only for the first two steps, and a bad step's graph is then laid beside what wa
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -99,10 +100,12 @@ class Recorder(TorchFunctionMode):
         self.made: list[Any] = []
         self.recording = True
         self.thread = threading.get_ident()
+        self.process = os.getpid()
 
     @unseen
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.recording or len(self.made) >= MAX_NODES:
+        # A data loader's worker that was forked meanwhile has it on its stack for life.
+        if not self.recording or len(self.made) >= MAX_NODES or os.getpid() != self.process:
             return func(*args, **(kwargs or {}))
         before = torch._C._autograd._get_sequence_nr()
         result = func(*args, **(kwargs or {}))

@@ -99,6 +99,6 @@ condition = Condition(
     uses=("ignored_targets",),
     diagnose=diagnose,
     prescribes=("add-epsilon",),
-    leads_to=("non-finite-weights", "scaler-collapse"),
+    leads_to=("non-finite-input", "non-finite-weights", "scaler-collapse"),
     inject=inject,
 )

@@ -109,6 +109,6 @@ condition = Condition(
     needs=("first_nonfinite",),
     diagnose=diagnose,
     prescribes=("clamp-log",),
-    leads_to=("non-finite-weights", "scaler-collapse"),
+    leads_to=("non-finite-input", "non-finite-weights", "scaler-collapse"),
     inject=inject,
 )
