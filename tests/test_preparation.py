@@ -1,4 +1,4 @@
-"""A NaN that a batch brought along is traced to the line that made it, if that line does so again."""
+"""A NaN that a batch brought along is traced to the line that made it, if that line does so again; else the batch is named."""
 
 from __future__ import annotations
 
@@ -111,3 +111,31 @@ def test_looking_closely_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sickbay.exams.preparation.Preparation.from_outside", lambda self: None)
     _, left = trained(tmp_path / "left", standardised)
     assert all(torch.equal(one, other) or bool(one.isnan().all() and other.isnan().all()) for one, other in zip(looked, left))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse_loss": F.mse_loss,
+    "smooth_l1_loss": F.smooth_l1_loss,  # its gradient is finite even where its target is not
+    "by hand": lambda output, target: ((output - target) ** 2).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_target_that_is_not_finite_is_named(tmp_path: Path, loss: str, bad: str) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        for step in range(8):
+            x = torch.rand(6, 4)
+            target = x.sum(1, keepdim=True)
+            if step >= 3:
+                target[2] = float(bad)
+            value = LOSSES[loss](model(x), target)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    verdict = told("non-finite-input", doctor.chart())
+    assert verdict.step == 3
+    assert ("'target'" if loss != "by hand" else "sub met") in verdict.summary

@@ -27,6 +27,7 @@ from sickbay.patient import ForwardCall, Patient, bare, tensors_in, user_line
 
 # Operations that make no NaN out of finite operands.
 _PASS_ON = frozenset({"add", "sub", "rsub", "mul", "neg", "sum", "mean", "cat", "stack", "where", "masked_fill"})
+_SUMS = frozenset({"add", "sub", "rsub"})
 
 _Operation = tuple[dict[str, Any], list[tuple[str, Tensor]]]
 
@@ -170,16 +171,14 @@ def _birth_behind(culprit: Culprit, hidden: bool, ungraded: Ungraded) -> Birth |
 
 
 def _met_what_is_not_kept(culprit: Culprit) -> bool:
-    """True where finite operands cannot have given the NaN: the one that autograd does not keep was NaN or infinite before."""
-    finite = not any(kinds(tensor) for _, tensor in culprit.operands)
-    result = culprit.result
-    return (
-        culprit.phase == "forward"
-        and familiar(culprit.operation) in _PASS_ON
-        and finite
-        and result is not None
-        and bool(result.isnan().any())
-    )
+    """True where finite operands cannot have given the result: the one that autograd does not keep was NaN or infinite before."""
+    result, name = culprit.result, familiar(culprit.operation)
+    if culprit.phase != "forward" or result is None or name not in _PASS_ON or any(kinds(tensor) for _, tensor in culprit.operands):
+        return False
+    if bool(result.isnan().any()):
+        return True
+    limits = torch.finfo(result.dtype)  # what is smaller than half a step of the largest number takes no finite number beyond it
+    return name in _SUMS and all(bool((tensor.abs() < limits.max * limits.eps / 4).all()) for _, tensor in culprit.operands)
 
 
 def _trace_gradient(patient: Patient, stretch: Stretch) -> _Traced | None:

@@ -28,17 +28,21 @@ from typing import Any
 from sickbay.core.chart import Chart
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, number
-from sickbay.core.nonfinite import Origin, origins
+from sickbay.core.nonfinite import Operand, Origin, origins
+
+REACHED = ("weight", "update")  # what a NaN of an earlier step came to
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
     met = origins(chart["first_nonfinite"])
     for origin in met:
-        if origin.phase == "input" and not _is_mask(origin) and not _was_made_before(origin, met):
+        target = _bad_target(origin)
+        if (target or (origin.phase == "input" and not _is_mask(origin))) and not _was_made_before(origin, met):
             reading, sample = origin.reading, origin.reading.note.get("sample")
+            given = target or origin.first
             which = f"sample {sample} of the batch" if sample is not None else "the batch"
-            name = f" in {origin.first.name!r}" if origin.first.name else ""
-            count = number(max(reading.value, origin.first.nonfinite))
+            name = f" in {given.name!r}" if given.name else ""
+            count = number(max(reading.value, given.nonfinite))
             return Diagnosis(
                 summary=f"{count} NaN or infinite values{name}: {which} of step {reading.step}",
                 evidence=(Evidence(reading, 0.0),),
@@ -52,12 +56,12 @@ def diagnose(chart: Chart) -> Diagnosis | None:
 
 def _from_outside(found: Iterable[Origin]) -> Diagnosis | None:
     """A NaN that autograd did not see being made: nobody else can name its origin, where all traces ended so."""
-    met = list(found)
+    met = [origin for origin in found if origin.phase not in REACHED]
     if not met or not all(origin.reading.note.get("ungraded") for origin in met):
         return None
     reading = met[0].reading
     return Diagnosis(
-        summary=f"{met[0].op} met a NaN that was made without gradient: a target, a weight or a teacher's output of step {reading.step}",
+        summary=f"{met[0].op} met a NaN or an infinity that was made without gradient: a target, a weight or a teacher's output of step {reading.step}",
         evidence=(Evidence(reading, 0.0),),
         severity="critical",
         step=reading.step,
@@ -67,9 +71,16 @@ def _from_outside(found: Iterable[Origin]) -> Diagnosis | None:
     )
 
 
+def _bad_target(origin: Origin) -> Operand | None:
+    """The target of a loss function that had it NaN or infinite and all else finite."""
+    bad = [operand for operand in origin.operands if operand.nonfinite]
+    return bad[0] if origin.forward and len(bad) == 1 and bad[0].name == "target" else None
+
+
 def _was_made_before(origin: Origin, met: Iterable[Origin]) -> bool:
     """True where an operation of an earlier step made a NaN of finite operands: a state that is carried on brings it back as an input."""
-    return any(one.reading.step < origin.reading.step and one.op and not one.reading.note.get("ungraded") for one in met)
+    made = (one for one in met if one.op and not one.reading.note.get("ungraded") and not any(part.nonfinite for part in one.operands))
+    return any(one.reading.step < origin.reading.step for one in made)
 
 
 def _is_mask(origin: Origin) -> bool:
