@@ -61,7 +61,8 @@ def _from_outside(found: Iterable[Origin]) -> Diagnosis | None:
         return None
     reading = met[0].reading
     return Diagnosis(
-        summary=f"{met[0].op} met a NaN or an infinity that was made without gradient: a target, a weight or a teacher's output of step {reading.step}",
+        summary=f"{met[0].op} met a NaN or an infinity that was made without gradient: a target, a weight or a teacher's output of "
+        f"step {reading.step}",
         evidence=(Evidence(reading, 0.0),),
         severity="critical",
         step=reading.step,
