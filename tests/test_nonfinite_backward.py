@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -118,11 +119,13 @@ class Custom(nn.Module):
         return Wrong.apply(x)
 
 
-def test_custom_function_is_named(tmp_path: Path) -> None:
+def test_the_line_of_a_custom_backward_is_named(tmp_path: Path) -> None:
     model, step = model_with(Custom()), Step(tmp_path)
     step.backward(step.cross_entropy(step.forward(model, torch.randn(8, 4)), torch.zeros(8, dtype=torch.long)))
     finding = found(step.examine())
-    assert (finding.note["op"], finding.where) == ("Wrong", "1")
+    assert (finding.note["op"], finding.where) == ("div", "1")
+    lines, first = inspect.getsourcelines(Wrong.backward)
+    assert finding.source == f"{__file__}:{first + len(lines) - 1}"
     assert "aten::div" in reproduces(tmp_path)
 
 

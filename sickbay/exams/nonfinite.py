@@ -218,11 +218,9 @@ def _earliest(origins: list[Origin]) -> Origin | None:
 
 
 def _name_of(origin: Origin) -> str:
-    if origin.node.endswith("Backward"):  # torch numbers its own nodes: this is the user's autograd.Function
-        return origin.node.removesuffix("Backward")
     if origin.forward is not None:
         return familiar(origin.forward.name)
-    if origin.node:
+    if origin.node and not origin.node.endswith("Backward"):  # else the operation is a line of the user's autograd.Function
         return familiar(node_operation(origin.node))
     return familiar(origin.name)
 

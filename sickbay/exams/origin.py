@@ -154,6 +154,9 @@ class OriginWatch(TorchDispatchMode):
             self.origins.pop(key, None)
         else:
             forward = self.by_sequence.get(node._sequence_nr()) if node is not None and seen.sequence < 0 else None
+            if is_users(node):  # the operation stands in a backward that the user wrote
+                seen.source, seen.module = self._line(), forward.module if forward is not None else seen.module
+                forward = None
             self._begin(
                 Origin("operation", seen.name, output, seen, args, kwargs, forward, node.name() if node is not None else ""), output
             )
@@ -174,6 +177,11 @@ class OriginWatch(TorchDispatchMode):
                 return f"{frame.f_code.co_filename}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
         return self._call.source
+
+
+def is_users(node: Any) -> bool:
+    """True for the node of an autograd.Function of the user's: torch numbers its own nodes."""
+    return node is not None and bool(node.name().endswith("Backward"))
 
 
 def meant(name: str, bad: frozenset[str], ill: list[Tensor], values: list[Tensor], args: Any, kwargs: Any) -> bool:
