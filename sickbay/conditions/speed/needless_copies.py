@@ -30,7 +30,8 @@ from sickbay.core.diagnosis import Diagnosis, Evidence, NotExamined, Threshold
 SHARE = Threshold(
     0.07,
     "share of step time",
-    source="calibration: sick scripts from 0.075, two assertions in a small model up to 0.065 on a busy machine; copies with a reason count nothing, exactly told",
+    source="calibration: sick scripts from 0.075, two assertions in a small model up to 0.065 on a busy machine; "
+    "copies with a reason count nothing, exactly told",
 )
 
 
