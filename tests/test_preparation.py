@@ -16,6 +16,7 @@ from verdicts import ask
 import sickbay
 from sickbay.core.chart import Chart
 from sickbay.core.diagnosis import Diagnosis
+from sickbay.exams.preparation import Preparation
 
 Prepared = tuple[Tensor, Tensor | float]  # a batch and the weights of its loss
 
@@ -57,7 +58,7 @@ class Model(nn.Module):
         return self.layer(x)
 
 
-def trained(folder: Path, prepare: Callable[[Tensor], Prepared]) -> tuple[Chart, list[Tensor]]:
+def trained(folder: Path, prepare: Callable[[Tensor], Prepared], problems: int = 0) -> tuple[Chart, list[Tensor]]:
     torch.manual_seed(0)
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -71,7 +72,7 @@ def trained(folder: Path, prepare: Callable[[Tensor], Prepared]) -> tuple[Chart,
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert not doctor.chart().facts.get("problems")
+    assert len(doctor.chart().facts.get("problems") or ()) == problems
     return doctor.chart(), [p.detach() for p in model.parameters()]
 
 
@@ -106,9 +107,19 @@ def test_a_nan_of_the_data_stays_the_datas(tmp_path: Path, prepare: Callable[[Te
     assert ask("division-by-zero", chart) is None and ask("log-of-zero", chart) is None
 
 
+@pytest.mark.parametrize("part", ["from_outside", "round_end", "forward_begin"])
+def test_an_error_of_the_looking_is_named_and_reaches_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Preparation, part, fails)
+    told("non-finite-input", trained(tmp_path / "run", standardised, problems=1)[0])
+    assert torch._C._len_torch_function_stack() == 0
+
+
 def test_looking_closely_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, looked = trained(tmp_path / "looked", standardised)
-    monkeypatch.setattr("sickbay.exams.preparation.Preparation.from_outside", lambda self: None)
+    monkeypatch.setattr(Preparation, "from_outside", lambda self: None)
     _, left = trained(tmp_path / "left", standardised)
     assert all(torch.equal(one, other) or bool(one.isnan().all() and other.isnan().all()) for one, other in zip(looked, left))
 

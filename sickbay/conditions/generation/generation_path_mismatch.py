@@ -34,7 +34,7 @@ GAP = Threshold(
     0.02, "ratio", source="calibration: float32 paths that are the same differ by 1e-6 to 1e-4, wrong positions by 0.1 and more"
 )
 GAP_HALF = Threshold(0.3, "ratio", source="calibration: bfloat16 and float16 paths that are the same differ by up to 0.05")
-FELT = Threshold(1e-3, "nats", source="what a text of a thousand tokens shows of a difference: below it none is drawn otherwise")
+FELT = Threshold(1e-3, "nats", source="relative entropy of a token: it takes a text of a thousand tokens to show so small a difference")
 _WORDS = {
     "cached": "beside its cache",
     "whole": "of the whole sequence",
