@@ -15,6 +15,7 @@ from typing import Any
 from sickbay.core.chart import Reading
 
 FORWARD = ("forward", "loss", "data")
+UPDATE = ("weight", "update")  # what a NaN of an earlier step comes to, unless it was born there
 LARGEST_FINITE = {"float16": 65504.0, "bfloat16": 3.389e38, "float32": 3.403e38, "float64": 1.798e308}  # IEEE 754-2019, table 3.5
 HIGHEST_POWER = 4  # the largest exponent in common use: kurtosis, GELU's cube
 _WRAPPING = re.compile(r"(^aten(::|\.)|^_+|Backward\d*$|_+$)")

@@ -220,7 +220,7 @@ def _earliest(origins: list[Origin]) -> Origin | None:
 def _name_of(origin: Origin) -> str:
     if origin.forward is not None:
         return familiar(origin.forward.name)
-    if origin.node and not origin.node.endswith("Backward"):  # else the operation is a line of the user's autograd.Function
+    if origin.node:
         return familiar(node_operation(origin.node))
     return familiar(origin.name)
 
@@ -278,16 +278,14 @@ def _from_culprit(culprit: Culprit, graph: Graph, patient: Patient, stretch: Str
 
 def _from_birth(birth: Birth, patient: Patient) -> _Traced:
     calls = patient.training_calls()
-    note = _note(familiar(birth.op), "loss", birth.operands, birth.result, [])
-    note["traced"] = "the operations without gradient before the loss were held"
-    finding = Finding(count_nonfinite(birth.result), "", birth.source, note)
+    finding = born(birth, "loss", "the operations without gradient before the loss were held")
     return _Traced(finding, calls[-1] if calls else None, bad_step.value_of(birth.op, birth.result))
 
 
-def data_finding(birth: Birth) -> Finding:
-    """`birth`, an operation before the model was called, as a finding."""
-    note = _note(familiar(birth.op), "data", birth.operands, birth.result, [])
-    note["traced"] = "the operations before the next forward were looked at"
+def born(birth: Birth, phase: str, traced: str) -> Finding:
+    """`birth` as a finding of `phase`; `traced`: how it was come by."""
+    note = _note(familiar(birth.op), phase, birth.operands, birth.result, [])
+    note["traced"] = traced
     return Finding(count_nonfinite(birth.result), "", birth.source, note)
 
 

@@ -154,9 +154,9 @@ class OriginWatch(TorchDispatchMode):
             self.origins.pop(key, None)
         else:
             forward = self.by_sequence.get(node._sequence_nr()) if node is not None and seen.sequence < 0 else None
-            if is_users(node):  # the operation stands in a backward that the user wrote
+            if is_users(node):  # the operation stands in a backward that the user wrote, and is named by itself
                 seen.source, seen.module = self._line(), forward.module if forward is not None else seen.module
-                forward = None
+                forward = node = None
             self._begin(
                 Origin("operation", seen.name, output, seen, args, kwargs, forward, node.name() if node is not None else ""), output
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sickbay.core.record import RecordWriter
 from sickbay.exams.asking import Asking
-from sickbay.exams.nonfinite import data_finding
+from sickbay.exams.nonfinite import born
 from sickbay.exams.operand import kinds
 from sickbay.exams.ungraded import Birth, Ungraded
 from sickbay.patient import ForwardCall, Patient, tensors_in
@@ -36,9 +36,8 @@ class Preparation:
     def __init__(self, record: RecordWriter, loop: Loop) -> None:
         self.record, self.loop = record, loop
         self._step = -1
-        self._left = _LOOKS
         self._made = Ungraded(only_bad=True)
-        self._lines = LossLines(steps=_LOOKS, told=lambda function, args, result, _: self._made.note(function, args, result))
+        self._lines = LossLines(steps=1 + _LOOKS, told=lambda function, args, result, _: self._made.note(function, args, result))
 
     def from_outside(self) -> None:
         """A NaN of this step was there before the model was called, or came into the loss as a constant."""
@@ -48,10 +47,9 @@ class Preparation:
                 self.loop.on(event, self, getattr(self, event))
 
     def round_end(self, step: int) -> None:
-        self._lines.end()
+        self._lines.end_step()
         self._made.forget()
-        if self._left:
-            self._left -= 1
+        if self._lines.learning:
             self._lines.begin()
         else:
             self._stop()
@@ -60,7 +58,7 @@ class Preparation:
         self._lines.end()
         birth = next(self._births(call), None)
         if birth is not None:
-            found = data_finding(birth)
+            found = born(birth, "data", "the operations before the next forward were looked at")
             note = {**found.note, "seen_again": self.record.step}
             self.record.read("first_nonfinite", found.value, note=note, source=found.source, step=self._step)
             self._stop()
@@ -74,7 +72,6 @@ class Preparation:
         return (birth for birth in (*births, *others) if birth is not None and birth.op in _RISKY)
 
     def _stop(self) -> None:
-        self._left = 0
         self._lines.end()
         self._made.forget()
         for event in _EVENTS:

@@ -28,9 +28,7 @@ from typing import Any
 from sickbay.core.chart import Chart
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, number
-from sickbay.core.nonfinite import Operand, Origin, origins
-
-REACHED = ("weight", "update")  # what a NaN of an earlier step came to
+from sickbay.core.nonfinite import UPDATE, Operand, Origin, origins
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
@@ -56,7 +54,7 @@ def diagnose(chart: Chart) -> Diagnosis | None:
 
 def _from_outside(found: Iterable[Origin]) -> Diagnosis | None:
     """A NaN that autograd did not see being made: nobody else can name its origin, where all traces ended so."""
-    met = [origin for origin in found if origin.phase not in REACHED]
+    met = [origin for origin in found if origin.phase not in UPDATE]
     if not met or not all(origin.reading.note.get("ungraded") for origin in met):
         return None
     reading = met[0].reading

@@ -29,9 +29,7 @@ from typing import Any
 from sickbay.core.chart import Chart, Reading
 from sickbay.core.condition import Condition
 from sickbay.core.diagnosis import Diagnosis, Evidence, first_by_step, number
-from sickbay.core.nonfinite import origins
-
-UPDATE = ("weight", "update")
+from sickbay.core.nonfinite import UPDATE, origins
 
 
 def diagnose(chart: Chart) -> Diagnosis | None:
