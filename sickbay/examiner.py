@@ -130,7 +130,9 @@ class Examiner:
 
     def slept(self, nap: Any) -> None:
         """Questions become due by the number of forwards, seen or not."""
-        self._asked.setdefault(nap.habit.module(), Asked()).forwards += nap.habit.backwards
+        asked = self._asked.get(nap.habit.module())
+        if asked is not None:
+            asked.forwards += nap.habit.backwards
 
     def backward_end(self, loss: Tensor | None, kind: str) -> None:
         if not self.patient.roots and kind != "func":

@@ -15,7 +15,7 @@ import pytest
 
 from sickbay.core import bounds, json_text, record
 from sickbay.core.chart import Chart
-from sickbay.core.packing import Row, merge, unpack_spans, unpack_tables
+from sickbay.core.packing import SCALAR, Row, merge, unpack_spans, unpack_tables
 from sickbay.core.reader import _outstanding, chart_of, load_chart
 from sickbay.core.record import RecordWriter
 
@@ -150,7 +150,7 @@ def test_merging_ranks_nan_highest_and_follows_changing_places() -> None:
 
     def full(step: int, layout: int, values: list[float], loss: float) -> Row:
         head = np.array([1, layout], "<u4").tobytes()
-        return Row(step, step, float(step), np.array([(0, loss)], record.SCALAR).tobytes(), head + np.array(values, "<f4").tobytes(), "")
+        return Row(step, step, float(step), np.array([(0, loss)], SCALAR).tobytes(), head + np.array(values, "<f4").tobytes(), "")
 
     once = merge([full(0, 0, [1, 5], 3.0), full(1, 1, [7, INF], NAN)], False, layouts, layout_of)
     other = merge([full(2, 0, [NAN, 2], -1.0), full(3, 0, [4, 4], 9.0)], False, layouts, layout_of)

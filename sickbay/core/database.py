@@ -7,6 +7,7 @@ import os
 import socket
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 from sickbay.core.json_text import from_text, to_text
 
@@ -25,6 +26,15 @@ CREATE TABLE events (
 CREATE TABLE steps (id INTEGER PRIMARY KEY, first INTEGER, last INTEGER, seconds REAL, scalars BLOB, tables BLOB, extras TEXT);
 CREATE TABLE merged (id INTEGER PRIMARY KEY, first INTEGER, last INTEGER, seconds REAL, scalars BLOB, tables BLOB, extras TEXT);
 """
+
+STEP = "INSERT INTO steps (first, last, seconds, scalars, tables, extras) VALUES (?, ?, ?, ?, ?, ?)"
+EVENT = "INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+UNOBSERVED = "INSERT OR REPLACE INTO unobserved VALUES (?, ?)"
+CHANNEL = "INSERT OR REPLACE INTO channels VALUES (?, ?)"
+LAYOUT = "INSERT OR REPLACE INTO layouts VALUES (?, ?, ?)"
+
+Statement = tuple[str, tuple[Any, ...]]
 
 
 def record_path(folder: str | Path, rank: int) -> Path:

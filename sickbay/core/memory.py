@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from sickbay.core.database import EVENT, FACT, STEP, UNOBSERVED, Statement
+from sickbay.core.json_text import from_text
+from sickbay.core.packing import SCALAR, Row, unpack_extras
 from sickbay.core.reading import Reading
 
 KEPT = 1000  # readings per signal: this many first ones, and as many newest ones
@@ -26,6 +32,23 @@ class Memory:
             first.append(reading)
         else:
             self._newest.setdefault(reading.signal, deque(maxlen=KEPT)).append(reading)
+
+    def take(self, statement: Statement, channels: Mapping[int, tuple[str, str, str]]) -> None:
+        """What `statement` would have written is kept; `channels`: (signal, where, source) by the numbers that steps name them by."""
+        sql, values = statement
+        if sql is FACT:
+            self.facts[values[0]] = from_text(values[1])
+        elif sql is UNOBSERVED:
+            self.unobserved[values[0]] = values[1]
+        elif sql is EVENT:
+            _, _, step, signal, value, where, note, source, seconds = values
+            self.add(Reading(step, signal, value, where, from_text(note) if note else {}, source, seconds))
+        elif sql is STEP:
+            row = Row(*values)
+            plain = [(channel, row.first, value, None) for channel, value in np.frombuffer(row.scalars, SCALAR).tolist()]
+            for channel, step, value, note in (*plain, *unpack_extras(row.extras)):
+                signal, where, source = channels[channel]
+                self.add(Reading(step, signal, value, where, note or {}, source, row.seconds))
 
     def readings(self) -> list[Reading]:
         """All that are kept, signal by signal."""

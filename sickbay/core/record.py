@@ -22,10 +22,9 @@ import numpy as np
 
 from sickbay.core import database
 from sickbay.core.bounds import Compactor, EventSlots
-from sickbay.core.json_text import from_text, short_text, to_text
+from sickbay.core.database import CHANNEL, EVENT, FACT, LAYOUT, STEP, UNOBSERVED, Statement
+from sickbay.core.json_text import short_text, to_text
 from sickbay.core.memory import Memory
-from sickbay.core.packing import SCALAR, Row, unpack_extras
-from sickbay.core.reading import Reading
 from sickbay.core.settings import MEGABYTE
 from sickbay.core.signals import SIGNALS
 from sickbay.core.tail import Tail
@@ -40,15 +39,6 @@ COMMIT_SECONDS = 0.2  # between commits while only steps come in; until then the
 CLOSING_TRIES = 40  # to write the last steps while a reader holds the file, BUSY_SECONDS each
 ROWS_SHARE = 0.6  # of max_bytes for the rows; the rest is for events, names, SQLite's pages and its log
 EVENTS_SHARE = 0.15
-
-_STEP = "INSERT INTO steps (first, last, seconds, scalars, tables, extras) VALUES (?, ?, ?, ?, ?, ?)"
-_EVENT = "INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
-_UNOBSERVED = "INSERT OR REPLACE INTO unobserved VALUES (?, ?)"
-_CHANNEL = "INSERT OR REPLACE INTO channels VALUES (?, ?)"
-_LAYOUT = "INSERT OR REPLACE INTO layouts VALUES (?, ?, ?)"
-
-Statement = tuple[str, tuple[Any, ...]]
 
 
 class RecordWriter:
@@ -141,17 +131,38 @@ class RecordWriter:
         except Exception as problem:
             self.unobserved(signal, f"its reading could not be kept: {type(problem).__name__}: {problem}")
 
-    def read_plain(self, readings: list[tuple[str, float, str]]) -> None:
-        """(signal, value, source) of readings of this step that have neither place nor note and are no events: a cheaper `read` of each."""
+    def plain_step(self, readings: list[tuple[str, float, str]]) -> None:
+        """`read` of each (signal, value, source) and `end_step`, at a fraction of their cost where nothing else waits to be written.
+
+        The readings have neither place nor note and are no events.
+        """
         if self._closed or self._pid != os.getpid():
             return
         with self._lock:
-            for signal, value, source in readings:
-                channel = self._channels.get((signal, "", source))
-                if channel is None:
+            if not self._kept_plain(readings):
+                for signal, value, source in readings:
                     self.read(signal, value, source=source)
-                else:
-                    self._scalars.extend((channel, float(value)))
+                self._commit(may_wait=True)
+            self.step += 1
+
+    def _kept_plain(self, readings: list[tuple[str, float, str]]) -> bool:
+        """True when all of a plain step is in the tail; nothing was done where it is not."""
+        unwritten = self._scalars or self._tables or self._extras or len(self._batch) != self._plain
+        if self._busy or unwritten or not self._plain or self._due():
+            return False
+        numbers: list[float] = []
+        for signal, value, source in readings:
+            channel = self._channels.get((signal, "", source))
+            if channel is None:
+                return False
+            numbers += (channel, value)
+        row = (self.step, self.step, time.monotonic() - self.started, struct.pack("<" + "Id" * len(readings), *numbers), b"", "")
+        if self._tail is None or not self._tail.keep(row):
+            return False
+        self._batch.append((STEP, row))
+        self._plain += 1
+        self._waiting += len(row[3]) + 40
+        return True
 
     def table(self, signal: str, places: tuple[str, ...], values: Any) -> None:
         """One value per place (anything numpy takes, kept as float32) of this step will be in the record with the next `end_step`."""
@@ -179,11 +190,11 @@ class RecordWriter:
 
     def fact(self, key: str, value: Any) -> None:
         """`facts[key]` will be `value` (as JSON gives it back); the last one wins."""
-        self._note_down(_FACT, key, value)
+        self._note_down(FACT, key, value)
 
     def unobserved(self, signal: str, reason: str) -> None:
         """`signal` counts as not observed, because of `reason`, unless it has readings; the last reason wins."""
-        self._note_down(_UNOBSERVED, signal, str(reason))
+        self._note_down(UNOBSERVED, signal, str(reason))
 
     def end_step(self) -> None:
         """This step is in the record, to survive a kill of the process, and the next one has begun."""
@@ -226,10 +237,10 @@ class RecordWriter:
         if self._closed or self._pid != os.getpid():
             return
         try:
-            text = to_text(value) if statement is _FACT else _ascii(value)
+            text = to_text(value) if statement is FACT else _ascii(value)
             with self._lock:
                 if self.stopped:
-                    self._remember((statement, (str(key), text)))
+                    self.memory.take((statement, (str(key), text)), self._channel_keys)
                 else:
                     self._batch.append((statement, (_ascii(str(key)), text)))
                     if len(self._batch) > MAX_PENDING:
@@ -244,7 +255,7 @@ class RecordWriter:
                 return self._channels[key]
         channel = next(self._ids)
         self._channel_keys[channel] = key
-        self._batch.append((_CHANNEL, (channel, to_text(key))))
+        self._batch.append((CHANNEL, (channel, to_text(key))))
         self._channels[key] = channel
         return channel
 
@@ -253,7 +264,7 @@ class RecordWriter:
         if key not in self._layout_ids:
             layout = next(self._ids)
             self._layouts[layout] = key
-            self._batch.append((_LAYOUT, (layout, signal, to_text(places))))
+            self._batch.append((LAYOUT, (layout, signal, to_text(places))))
             self._layout_ids[key] = layout
         return self._layout_ids[key]
 
@@ -261,7 +272,7 @@ class RecordWriter:
         slot, number = self._slots.slot(signal, room=self._event_bytes < self._max_bytes * EVENTS_SHARE)
         self._event_bytes += len(text) + len(where) + len(source) + 80
         seconds = time.monotonic() - self.started
-        self._batch.append((_EVENT, (slot, number, step, signal, value, _ascii(where), text, _ascii(source), seconds)))
+        self._batch.append((EVENT, (slot, number, step, signal, value, _ascii(where), text, _ascii(source), seconds)))
 
     def _commit(self, may_wait: bool = False) -> None:
         if self._busy:  # a signal handler came in while this was at work
@@ -284,11 +295,15 @@ class RecordWriter:
         finally:
             self._busy = False
 
+    def _due(self) -> bool:
+        """True when what waits in the tail belongs into the record now, or there is no tail to wait in."""
+        unsafe = self._tail is None or self.stopped or self._retry_at
+        return bool(unsafe) or self._waiting > self._max_bytes // 64 or time.monotonic() >= self._commit_at
+
     def _kept_in_tail(self, size: int) -> bool:
         """True when nothing but steps waits to be written, and the newest is safe without a commit."""
-        due = time.monotonic() >= self._commit_at or self._waiting > self._max_bytes // 64 or self._tail is None or self.stopped
         count = len(self._batch)  # a signal handler may add to it at any time
-        if due or self._retry_at or not count or any(sql is not _STEP for sql, _ in self._batch[self._plain : count]):
+        if self._due() or not count or any(sql is not STEP for sql, _ in self._batch[self._plain : count]):
             return False
         self._plain = count
         self._waiting += size
@@ -306,7 +321,7 @@ class RecordWriter:
             tables = struct.pack(f"<{len(parts) + 1}I", len(parts), *[layout for layout, _ in parts])
             tables += b"".join([values for _, values in parts])
         extras = f"[{','.join(readings)}]" if readings else ""
-        self._batch.append((_STEP, (self.step, self.step, time.monotonic() - self.started, scalars, tables, extras)))
+        self._batch.append((STEP, (self.step, self.step, time.monotonic() - self.started, scalars, tables, extras)))
         return len(scalars) + len(tables) + len(extras) + 40
 
     def _execute(self, size: int) -> None:
@@ -337,7 +352,7 @@ class RecordWriter:
 
     def _written(self, batch: list[Statement], size: int) -> None:
         for sql, values in batch:
-            if sql is _STEP:
+            if sql is STEP:
                 self._compactor.added(len(values[3]) + len(values[4]) + len(values[5]) + 40)
         del self._batch[: len(batch)]
         self._plain = 0
@@ -348,7 +363,7 @@ class RecordWriter:
     def _union_layout(self, signal: str, places: tuple[str, ...]) -> int:
         layout = self._layout(signal, places)
         if self.connection is not None:  # in the same transaction as the merged row that names it
-            self.connection.execute(_LAYOUT, (layout, signal, to_text(places)))
+            self.connection.execute(LAYOUT, (layout, signal, to_text(places)))
         return layout
 
     def _measure(self, connection: sqlite3.Connection) -> None:
@@ -371,24 +386,8 @@ class RecordWriter:
     def _remember_batch(self) -> None:
         for statement in self._batch:
             with contextlib.suppress(Exception):
-                self._remember(statement)
+                self.memory.take(statement, self._channel_keys)
         self._batch = []
-
-    def _remember(self, statement: Statement) -> None:
-        sql, values = statement
-        if sql is _FACT:
-            self.memory.facts[values[0]] = from_text(values[1])
-        elif sql is _UNOBSERVED:
-            self.memory.unobserved[values[0]] = values[1]
-        elif sql is _EVENT:
-            _, _, step, signal, value, where, note, source, seconds = values
-            self.memory.add(Reading(step, signal, value, where, from_text(note) if note else {}, source, seconds))
-        elif sql is _STEP:
-            row = Row(*values)
-            plain = [(channel, row.first, value, None) for channel, value in np.frombuffer(row.scalars, SCALAR).tolist()]
-            for channel, step, value, note in (*plain, *unpack_extras(row.extras)):
-                signal, where, source = self._channel_keys[channel]
-                self.memory.add(Reading(step, signal, value, where, note or {}, source, row.seconds))
 
 
 def _ascii(text: str) -> str:

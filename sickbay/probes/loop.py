@@ -32,7 +32,7 @@ from sickbay.probes import nap as naps
 from sickbay.probes.arguments import clip_arguments, closure_of, first_tensor, noting
 from sickbay.probes.events import Events
 from sickbay.probes.outermost import Outermost, hook_id
-from sickbay.probes.unseen import interpose, out_of_sight, unseen
+from sickbay.probes.unseen import interpose, modes_present, out_of_sight, unseen
 
 _MAX_BACKWARDS = 64  # in a step that may be slept through
 
@@ -132,11 +132,21 @@ class Loop(Events):
         return self.nap if self.nap is not None and threading.get_ident() == self._thread and not self.patient.muted else None
 
     def _end_nap(self, nap: naps.Nap) -> None:
+        """All that happens here comes out of cold caches, and costs several times what its length suggests."""
+        began = time.perf_counter()
         self.nap = None
-        with self.sheltered("slept"):
-            self.emit("slept", nap)
-            self.record.read_plain(nap.readings)
-            self._next_step()
+        try:
+            if modes_present():
+                with out_of_sight():
+                    self.tell_slept(nap)
+            else:
+                self.tell_slept(nap)
+            self.record.plain_step(nap.readings)
+            self.rounds += 1
+            self.seconds += time.perf_counter() - began
+            self._fall_asleep()
+        except Exception as problem:
+            self.failed("slept", problem)
 
     # --- gradients --------------------------------------------------------------------------------------------------
     def _around_backward(self, original: Any) -> Any:
@@ -318,12 +328,16 @@ class Loop(Events):
         self._looks.clear()
         self.rounds += 1
         self.emit_seconds()
+        self._fall_asleep(may_rest)
+
+    def _fall_asleep(self, may_rest: bool = True) -> None:
+        """The step that begins is slept through if it may be and is expected to be plain."""
         self.pace.step_over(self.seconds - self.patient.exam_seconds, may_rest)
         if (
             self._habit is not None
+            and self.rounds % naps.AWAKE_EVERY
             and self.pace.resting
             and self.pace.rests_next
-            and self.rounds % naps.AWAKE_EVERY
             and self.all_may_sleep()
         ):
             self.nap = naps.Nap(self._habit)

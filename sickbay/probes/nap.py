@@ -94,7 +94,7 @@ class Nap:
             return False
         if _rows(args, kwargs) != habit.rows or torch.is_autocast_enabled("cpu") != (habit.autocast is not None):
             return False
-        self._args, self._kwargs, self._rng, self.stage = args, kwargs, torch.get_rng_state(), "forward"
+        self._args, self._kwargs, self._rng, self.stage = args, kwargs, torch.default_generator.get_state(), "forward"
         return True
 
     def lost(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -171,4 +171,5 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The first dimension of the first tensor; 0 where there is none."""
     first = args[0] if args else None
     tensor = first if isinstance(first, Tensor) else next((t for _, t in tensors_in((args, kwargs)) if t.dim()), None)
-    return len(tensor) if tensor is not None and tensor.dim() else 0
+    shape = tensor.shape if tensor is not None else ()
+    return shape[0] if shape else 0

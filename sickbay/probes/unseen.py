@@ -21,9 +21,14 @@ _NOTHING = contextlib.nullcontext()
 _FILE = os.path.join(os.path.dirname(__file__), "<unseen importlib._bootstrap>")
 
 
+def modes_present() -> bool:
+    """True where the script has switched on a function or dispatch mode."""
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+
+
 def out_of_sight() -> contextlib.AbstractContextManager[Any]:
     """Inside, no function or dispatch mode that the script has switched on sees what is computed; nothing to do where there is none."""
-    if not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()):
+    if not modes_present():
         return _NOTHING
     stack = contextlib.ExitStack()
     stack.enter_context(torch._C.DisableTorchFunction())
