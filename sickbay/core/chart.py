@@ -61,6 +61,11 @@ class Series(Sequence[Reading]):
         """The readings with `first <= step <= last`."""
         return Series(reading for reading in self._readings if first <= reading.step <= last)
 
+    def of_one_training(self, step: int) -> Series:
+        """The readings from the line that the newest one up to `step` came from: a script's second training has lines of its own."""
+        line = next((reading.source for reading in reversed(self._readings) if reading.step <= step), None)
+        return Series(reading for reading in self._readings if line is None or reading.source == line)
+
     def worst(self) -> Reading | None:
         """The reading with the largest value (NaN counts as largest); None if there is none."""
         return max(self._readings, key=lambda r: (r.value != r.value, r.value), default=None)

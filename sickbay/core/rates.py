@@ -51,7 +51,7 @@ def plan_of_function(function: Callable[[int], object]) -> Plan:
     peak = max((value for _, value in curve), default=0.0)
     if len(curve) < 2 or peak <= 0:
         return Plan("unknown")
-    top = next(index for index, (_, value) in enumerate(curve) if value >= _WHOLE * peak)
+    top = _first_top([value for _, value in curve], peak)
     warmup = curve[top][0] if curve[0][1] < _RISE * peak else 0
     after = curve[top:]
     end = max((index + 1 for index, (_, value) in enumerate(after) if abs(value - after[-1][1]) > _FLAT * peak), default=0)
@@ -68,6 +68,15 @@ def plan_of_function(function: Callable[[int], object]) -> Plan:
     if length is not None and _value(function, round(warmup + _LATE * (length - warmup))) - after[-1][1] <= _FADED * peak:
         length = None  # an exponential fades for ever; where it is lost in rounding is no plan
     return Plan("decay", length, warmup)
+
+
+def _first_top(values: Sequence[float], peak: float) -> int:
+    """Where the warm-up ends: at the highest rate, or where a rate close to it turns down before."""
+    for index, value in enumerate(values):
+        turns = index + 1 < len(values) and values[index + 1] < value - _FLAT * peak
+        if value >= _WHOLE * peak or (value >= _RISE * peak and turns):
+            return index
+    return 0
 
 
 def _straight_from(function: Callable[[int], object], trough: int, low: float, peak: float) -> bool:
@@ -131,7 +140,7 @@ class Rates:
 
         None for jumps, triangles, straight rises and a rise that ends before a quarter of the highest rate.
         """
-        top = int(np.argmax(self.values >= _WHOLE * self.peak))
+        top = _first_top(self.values.tolist(), self.peak)
         low = math.inf
         trough = -1
         for index in range(top, len(self.values)):

@@ -24,7 +24,7 @@ from sickbay.probes.loop import Loop
 
 SIGNALS = ("gradient_error",)
 
-_LOOKS = (0, 1, 5, 20)  # steps in which the graph is searched for Functions
+_LOOKS = (0, 1, 5, 20)  # steps of a training in which the graph is searched for Functions
 _NODES = 20_000
 _CLASSES = 8  # of the script's Functions that are asked about
 _DIRECTIONS = 6
@@ -46,13 +46,13 @@ class CustomBackward:
         self._armed: dict[type, Any] = {}
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
-        if self.record.step not in _LOOKS or loss is None or kind == "func" or loss_lines._compiles():
+        if self.loop.pace.steps not in _LOOKS or loss is None or kind == "func" or loss_lines._compiles():
             return
         for function in functions_of(loss):
             if function not in self._known and len(self._known) < _CLASSES:
                 self._known.add(function)
                 self._arm(function, 0)
-            elif function in self._known and function not in self._armed and self.record.step == _LOOKS[-1]:
+            elif function in self._known and function not in self._armed and self.loop.pace.steps == _LOOKS[-1]:
                 # Near zero a wrong derivative may agree with the right one: once more with what has been learnt, at another place.
                 self._arm(function, 1)
 
@@ -93,7 +93,7 @@ class CustomBackward:
         if isinstance(answer, fork.NoAnswer):
             self.record.unobserved("gradient_error", f"{function.__name__} could not be run in float64 on a copy: {answer.reason}")
             return
-        backward = function.backward.__code__  # type: ignore[attr-defined]
+        backward = _code_of_backward(function)
         source = f"{backward.co_filename}:{backward.co_firstlineno}"
         if isinstance(answer, str):
             self.record.unobserved("gradient_error", f"{function.__name__}: {answer}")
@@ -114,14 +114,20 @@ def functions_of(loss: Tensor) -> list[type]:
         node = queue.pop()
         if isinstance(node, BackwardCFunction):
             function = getattr(node, "_forward_cls", None)
-            code = getattr(getattr(function, "backward", None), "__code__", None)
-            if isinstance(function, type) and code is not None and is_user_file(code.co_filename):
-                found[function] = None
+            if isinstance(function, type):
+                code = _code_of_backward(function)
+                if code is not None and is_user_file(code.co_filename):
+                    found[function] = None
         for child, _ in getattr(node, "next_functions", ()):
             if child is not None and child not in seen:
                 seen.add(child)
                 queue.append(child)
     return list(found)
+
+
+def _code_of_backward(function: Any) -> Any:
+    """The script's own code behind `once_differentiable`, `custom_bwd` and the like; None where there is none."""
+    return getattr(inspect.unwrap(function.backward), "__code__", None) if callable(getattr(function, "backward", None)) else None
 
 
 def compare(function: Any, args: tuple[Any, ...]) -> dict[str, Any] | str:
@@ -215,7 +221,7 @@ def _share_changed(one: list[Tensor], other: list[Tensor]) -> float:
 
 def _passes_through(function: Any, returned: Any, weights: list[Tensor]) -> bool:
     """True if backward returns the gradient it is given, and never asks for anything that forward could have kept for it."""
-    names = function.backward.__code__.co_names
+    names = _code_of_backward(function).co_names
     keeps = "saved_tensors" in names or any(name in names for name in ("saved_for_forward", "to_save"))
     return not keeps and any(returned.shape == weight.shape and torch.equal(returned, weight) for weight in weights)
 

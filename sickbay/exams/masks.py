@@ -327,7 +327,9 @@ class Examination:
         value, where, kept = found
         place = view.place(tokens, where, kept, value)
         note: dict[str, Any] = {"pad_id": padding.pad_id, "known_by": padding.known_by}
-        if value > 0 and not any(view.attention):  # attention that is not masked weighs padding; others may only look at how far it goes
+        # Attention that is not masked weighs padding; others may only look at how far it goes, and an empty place is none.
+        note["attention"] = any(view.attention)
+        if value > 0 and (not note["attention"] or _empty(tokens.group, padding.pad_id)):
             note["cut"] = cut_influence(view.again, view.readout, tokens)
         self._add("padding_influence", value, place, **note)
 
@@ -336,6 +338,12 @@ class Examination:
         if found is not None:
             value, where, kept, boundaries = found
             self._add("packing_influence", value, view.place(view.tokens, where, kept, value), boundaries=boundaries, known_by=known_by)
+
+
+def _empty(group: list[Lookup], pad_id: int) -> bool:
+    """True where padding is looked up as a vector of zeros."""
+    tables = [lookup.table for lookup in group]
+    return all(isinstance(table, Tensor) and pad_id < len(table) and not bool(table[pad_id].any()) for table in tables)
 
 
 def _size(call: ForwardCall) -> int:

@@ -26,6 +26,7 @@ _TIMEOUT = 30.0
 _STRUCTURED = 1.5  # x the largest singular value of random entries of the same size
 _SAMPLED = 12  # matrices whose entries are tested for having been drawn at random
 _NEAR_LOSS = 400  # nodes
+_BEGINNINGS = 4  # trainings of one process that are looked at whatever it costs
 _FULL_SIZE = 1 << 22  # elements of a matrix looked at in full
 
 
@@ -38,6 +39,7 @@ class Structure:
         self.patient, self.record, self.loop, self.asking = patient, record, loop, asking
         self._looked: set[int] = set()
         self._doubt = False
+        self._beginnings = 0
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
         if (
@@ -56,12 +58,14 @@ class Structure:
             self._ask(lambda: examine_function(function, args, kwargs))
 
     def _due(self) -> bool:
-        step = self.record.step
-        if step in self._looked:
+        if self.record.step in self._looked:
             return False
-        due = step == 0 or (self._doubt and step in _DOUBTS_AT) or (step in _LOOKS_AT and self.asking.affordable())
+        step = self.loop.pace.steps
+        first = step == 0 and self._beginnings < _BEGINNINGS
+        due = first or (self._doubt and step in _DOUBTS_AT) or (step in _LOOKS_AT and self.asking.affordable())
         if due:
-            self._looked.add(step)
+            self._beginnings += first
+            self._looked.add(self.record.step)
         return due
 
     def _ask(self, question: Callable[[], Any]) -> None:

@@ -26,6 +26,11 @@ class Pace:
         self._costs: dict[bool, deque[float]] = {True: deque(maxlen=_KEPT), False: deque(maxlen=_KEPT)}
 
     @property
+    def steps(self) -> int:
+        """Steps since the start or, if that is later, since the newest optimizer was made: where a second training begins, it is 0."""
+        return self._steps
+
+    @property
     def rests_next(self) -> bool:
         """True if the step after this one will only be glanced at, as far as is known."""
         return self._glances_at(self._steps + 1)

@@ -183,7 +183,8 @@ class Parameters:
         pairs = _named_by_model(root, pairs)
         if not pairs:
             return
-        declared = next(_declarations(root), "")
+        declaring = {place: text for place, text in _declarations(root)}
+        declared = next((text for place, text in declaring.items() if any(_inside(place, a, b) for a, _, b, _ in pairs)), "")
         shared = [(a, b) for a, e, b, h in pairs if e.data_ptr() == h.data_ptr()]
         note: dict[str, Any] = {
             "declared_by": declared,
@@ -212,8 +213,13 @@ def _named_by_model(root: nn.Module, pairs: list[_Pair]) -> list[_Pair]:
     return [pair for pair in pairs if id(pair[3]) in outputs or id(pair[3]) not in others]
 
 
-def _declarations(root: nn.Module) -> Iterator[str]:
-    """Where the model's own configuration says that embeddings are shared."""
+def _inside(place: str, *names: str) -> bool:
+    """True if all modules of these names are inside the one at `place`: a body's configuration says nothing of a head beside it."""
+    return not place or all(name.startswith(f"{place}.") for name in names)
+
+
+def _declarations(root: nn.Module) -> Iterator[tuple[str, str]]:
+    """Which modules' own configurations say that embeddings are shared, and where."""
     for name, module in root.named_modules():
         for label, config in vars(module).items():
             if label.startswith("_") or isinstance(config, (Tensor, nn.Module, int, float, str, list, tuple)):
@@ -222,7 +228,7 @@ def _declarations(root: nn.Module) -> Iterator[str]:
             if isinstance(fields, dict):
                 for key, value in fields.items():
                     if value is True and isinstance(key, str) and _TIED.search(key) and ("emb" in key or "weight" in key or "head" in key):
-                        yield f"{name + '.' if name else ''}{label}.{key}"
+                        yield name, f"{name + '.' if name else ''}{label}.{key}"
 
 
 def attach(patient: Patient, record: RecordWriter, loop: Loop) -> Callable[[], None]:

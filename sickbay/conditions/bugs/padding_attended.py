@@ -44,7 +44,7 @@ def diagnose(chart: Chart) -> Diagnosis | NotExamined | None:
     """Real positions that move when only padding is changed."""
     seen = Series(r for r in chart["padding_influence"].finite() if not r.note.get("batch_norm"))
     moved = Series(r for r in seen if r.value > LIMIT)
-    over = Series(r for r in moved if not _cut_off(r) <= SHORTENED)
+    over = Series(r for r in moved if not _cut_off(r) <= (LIMIT if r.note.get("attention") else SHORTENED))
     worst = over.worst()
     if worst is None or 2 * len(over) <= len(moved):  # between two looks a bias may come to pass for the largest value of an empty place
         return None if seen else NotExamined("batch-norm mixes positions by design, or the outputs were not finite")

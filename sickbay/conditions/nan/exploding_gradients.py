@@ -73,7 +73,16 @@ def diagnose(chart: Chart) -> Diagnosis | None:
 
 
 def _onset(norms: list[Reading]) -> tuple[Reading | None, float]:
-    """The first reading of a lasting rise beyond RUNAWAY times the median before it, and that median."""
+    """The first reading of a lasting rise beyond RUNAWAY times the median before it, and that median.
+
+    Each backward's line has a history of its own: a second training, of other weights on another task, begins anew.
+    """
+    lines = dict.fromkeys(reading.source for reading in norms)
+    rises = [_rise([reading for reading in norms if reading.source == line]) for line in lines]
+    return min(((start, baseline) for start, baseline in rises if start is not None), key=lambda rise: rise[0].step, default=(None, math.nan))
+
+
+def _rise(norms: list[Reading]) -> tuple[Reading | None, float]:
     values = [reading.value for reading in norms]
     for index in range(FEWEST, len(norms)):
         baseline = median(values[max(0, index - WINDOW) : index])
@@ -91,7 +100,7 @@ def _harm(chart: Chart, step: int, norms: list[Reading], origin: Origin | None) 
         return f"{origin.op} overflowed at {origin.place} in step {origin.reading.step}"
     if broken is not None and (origin is None or not _has_its_own_cause(origin)):
         return f"it overflowed at step {broken.step}"
-    losses = chart["loss"]
+    losses = chart["loss"].of_one_training(step)
     before = median(losses.between(step - WINDOW, step - 1).values[-TAIL:])
     after, end = median(losses.between(step, step + WINDOW).values), losses.values[-TAIL:]
     if after > LOSS_RISE * before and not median(end) <= LOSS_RISE * before:

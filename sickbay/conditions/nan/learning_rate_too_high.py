@@ -95,7 +95,7 @@ def _typical_updates(chart: Chart) -> list[Reading]:
 
 def _harm(chart: Chart, step: int) -> tuple[str, Certainty]:
     """What the loss did after the first large update, in words; empty if it did not mind."""
-    losses = chart["loss"]
+    losses = chart["loss"].of_one_training(step)
     past, after = losses.between(0, step).values, losses.between(step + 1, chart.last_step).values
     best = min((median(past[i : i + FIRST]) for i in range(max(1, len(past) - FIRST + 1))), default=math.nan)
     peak = max((median(after[i : i + FIRST]) for i in range(len(after) - FIRST + 1)), default=math.nan)

@@ -76,6 +76,6 @@ condition = Condition(
     uses=("first_nonfinite", "nonfinite_step", "loss"),
     diagnose=diagnose,
     prescribes=("skip-empty-targets",),
-    leads_to=("division-by-zero", "non-finite-weights", "scaler-collapse"),
+    leads_to=("division-by-zero", "non-finite-weights", "scaler-collapse", "loss-spike"),
     inject=inject,
 )
