@@ -36,6 +36,8 @@ class Endings:
         self._batches = 0
         self._ends = 0
         self._widths: set[int] = set()
+        self._widths_beside: set[int] = set()
+        self._alike = True  # every batch of rows beside them ends as they do
         self._before: set[int] = set()
 
     def backward_begin(self, loss: Tensor | None, kind: str) -> None:
@@ -45,22 +47,21 @@ class Endings:
         calls = [call for call in self.patient.training_calls() if not call.spent]
         if not losses or not calls or not losses[-1].classifies:
             return
-        for _, ids in tensors_in((calls[-1].args, calls[-1].kwargs)):
+        given = [tensor for _, tensor in tensors_in((calls[-1].args, calls[-1].kwargs))]
+        for ids in given:
             rows = answered(ids, losses[-1])
             if rows is not None:
                 self._read(*rows, losses[-1])
+                self._read_beside([other for other in given if other is not ids])
                 return
 
     def _read(self, ids: Tensor, counted: Tensor, call: LossCall) -> None:
         """One batch: `ids` `(B, T)`, `counted` `(B, T)` where a position is a counted target."""
         end_id, (rows, width) = int(ids[0, -1]), ids.shape
-        hit = ids == end_id
-        lengths = hit.flip(1).long().cumprod(1).sum(1)  # of the run that ends each row
-        inside = hit.clone()
-        inside[torch.arange(width) >= width - lengths[:, None]] = False
-        inside[:, 0] = False  # the same id may begin a row
+        lengths, inside = ending_runs(ids, end_id)
         shortest, longest = int(lengths.min()), int(lengths.max())
-        if self._end_id not in (-1, end_id) or shortest != 1 or longest == width or bool(inside.any()) or bool((counted & hit).any()):
+        scored = bool((counted & (ids == end_id)).any())
+        if self._end_id not in (-1, end_id) or shortest != 1 or longest == width or inside or scored:
             self._over = True
             return
         self._end_id = end_id
@@ -71,10 +72,29 @@ class Endings:
         self._batches += 1
         self._ends += rows
         # One and the same id before the run of every row is the end token, and the run is padding.
-        if self._batches >= _BATCHES and len(self._widths) >= _WIDTHS and len(self._before) > 1:
+        widths = max(len(self._widths), len(self._widths_beside) if self._alike else 0)
+        if self._batches >= _BATCHES and widths >= _WIDTHS and len(self._before) > 1:
             self._over = True
             note = {"eos_id": end_id, "eos_in_inputs": self._ends, "known_by": "the longest row of each batch ends with it as well"}
             self.record.read("eos_targets", 0, note=note, source=call.source)
+
+    def _read_beside(self, others: list[Tensor]) -> None:
+        """Widths of rows beside them that end alike, a source's: where answers are of one width, it may be of many."""
+        for ids in others:
+            if not self._over and ids.dim() == 2 and _tokens(ids) and int(ids[0, -1]) == self._end_id:
+                lengths, inside = ending_runs(ids, self._end_id)
+                if int(lengths.min()) == 1 and int(lengths.max()) < ids.shape[1] and not inside:
+                    self._widths_beside.add(ids.shape[1])
+                else:
+                    self._alike = False
+
+
+def ending_runs(ids: Tensor, end_id: int) -> tuple[Tensor, bool]:
+    """(length `(B,)` of the run of `end_id` that ends each row of `ids` `(B, T)`, whether it stands elsewhere than there or first)."""
+    hit, width = ids == end_id, ids.shape[1]
+    lengths = hit.flip(1).long().cumprod(1).sum(1)
+    inside = hit & (torch.arange(width) < width - lengths[:, None])
+    return lengths, bool(inside[:, 1:].any())
 
 
 def answered(ids: Tensor, call: LossCall) -> tuple[Tensor, Tensor] | None:

@@ -79,7 +79,9 @@ def _onset(norms: list[Reading]) -> tuple[Reading | None, float]:
     """
     lines = dict.fromkeys(reading.source for reading in norms)
     rises = [_rise([reading for reading in norms if reading.source == line]) for line in lines]
-    return min(((start, baseline) for start, baseline in rises if start is not None), key=lambda rise: rise[0].step, default=(None, math.nan))
+    return min(
+        ((start, baseline) for start, baseline in rises if start is not None), key=lambda rise: rise[0].step, default=(None, math.nan)
+    )
 
 
 def _rise(norms: list[Reading]) -> tuple[Reading | None, float]:
