@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import sickbay
 from sickbay import registry
 from sickbay.reference.case import Case, run
 from sickbay.treatments.register_parameters import treatment as register_parameters
@@ -282,3 +284,29 @@ def test_advice_says_that_only_a_person_can_follow_it() -> None:
         if id_ not in acting:
             with pytest.raises(ValueError, match="is advice"):
                 treatment.on(patient(None))
+
+
+class Body(nn.Module):
+    """A model of a library's kind: its configuration says that embeddings are shared, whether it has a head or not."""
+
+    def __init__(self, head: bool) -> None:
+        super().__init__()
+        self.config = {"tie_word_embeddings": True}
+        self.tokens = nn.Embedding(11, 6)
+        self.head = nn.Linear(6, 11) if head else nn.Identity()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.tokens(ids))
+        return out
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_declaration_speaks_of_the_module_that_makes_it(tmp_path: Path, inside: bool) -> None:
+    model = nn.Sequential(Body(inside), *([] if inside else [nn.Linear(6, 11)]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sickbay.watch(model, optimizer, out=tmp_path / "run") as doctor:
+        for _ in range(3):
+            nn.functional.cross_entropy(model(torch.randint(11, (4, 5))).flatten(0, 1), torch.randint(11, (20,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [reading.value for reading in doctor.chart()["tied_weights"]] == ([0.0] if inside else [])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from charts import chart
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from verdicts import ask, found, read, unexamined
 
 import sickbay
@@ -221,6 +222,31 @@ def test_a_function_that_inherits_its_forward_is_asked_about_and_left_as_it_was(
     (reading,) = doctor.chart()["gradient_error"]
     assert reading.where == "Slip" and reading.value == pytest.approx(2 / 3, rel=1e-3)
     assert "forward" not in vars(Slip) and isinstance(vars(Cube)["forward"], staticmethod)
+
+
+class Once(Cube):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return 2 * x.square() * gradients[0]
+
+
+def test_a_backward_behind_a_decorator_of_torchs_is_the_scripts_own(tmp_path: Path) -> None:
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        optimizer = torch.optim.SGD(first.parameters(), lr=1e-3)
+        for _ in range(30):
+            first(torch.randn(5, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer = torch.optim.SGD(second.parameters(), lr=1e-3)  # a second training
+        for _ in range(3):
+            Once.apply(second(torch.randn(5, 4))).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+    (reading,) = doctor.chart()["gradient_error"]
+    assert (reading.where, reading.source.rsplit(":", 1)[0]) == ("Once", __file__) and reading.value == pytest.approx(1 / 3, rel=1e-3)
 
 
 def test_gradients_that_differ_on_purpose_are_told() -> None:

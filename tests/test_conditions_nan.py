@@ -72,6 +72,25 @@ def test_steps_that_the_scaler_skipped_do_not_count() -> None:
     assert verdict("exploding-gradients", chart(grad_norm=norms, skipped_step=skips, loss=wobble(6))) is None
 
 
+def two_trainings(signal: str, first: Sequence[float], second: Sequence[float]) -> list[Reading]:
+    """Readings of one process that trains twice, each time from a line of its own."""
+    lines = ["train.py:10"] * len(first) + ["train.py:40"] * len(second)
+    return [Reading(step, signal, value, source=line) for step, (value, line) in enumerate(zip([*first, *second], lines))]
+
+
+def test_a_second_training_has_a_history_of_its_own() -> None:
+    falling = [4.0 * 0.9**i for i in range(40)]
+    norms = two_trainings("grad_norm", wobble(50, 0.02, 0.001), [10.0 * 0.97**i for i in range(40)])
+    losses = two_trainings("loss", wobble(50, 0.005, 0.0001), falling)
+    large = updates([0.01] * 50 + [0.5, 0.3, 0.2, 0.1])
+    healthy = chart(grad_norm=norms, loss=losses, **large)
+    assert verdict("exploding-gradients", healthy) is None
+    assert verdict("learning-rate-too-high", healthy) is None
+    norms = two_trainings("grad_norm", wobble(50, 0.02, 0.001), [*wobble(20, 1.0), 12, 40, 300, 4e4])
+    losses = two_trainings("loss", wobble(50, 0.005, 0.0001), [*wobble(20), 3.4, 5.0, 9.0, 40.0])
+    assert finding("exploding-gradients", chart(grad_norm=norms, loss=losses)).step == 70
+
+
 # --- learning-rate-too-high -----------------------------------------------------------------------------------------
 
 FALLING = [4.2 * 0.95**index for index in range(60)]

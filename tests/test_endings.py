@@ -106,3 +106,28 @@ def test_an_end_token_that_is_padding_too_is_never_asked_for(tmp_path: Path, mak
 @pytest.mark.parametrize("make", [counted_once, of_its_own, of_its_own_and_one_more, without_an_end, of_one_width])
 def test_padding_alone_and_ends_that_are_asked_for_say_nothing(tmp_path: Path, make: Made) -> None:
     assert told(tmp_path / "run", make) == []
+
+
+class Translator(Model):
+    def forward(self, source: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(ids) + self.head(self.tokens(source)).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_answers_of_one_width_are_told_by_sources_that_end_alike(tmp_path: Path, own: bool) -> None:
+    """Where padding has an id of its own, the longest source ends with none, and answers of one width may be filled beyond it."""
+    random.seed(0)
+    torch.manual_seed(0)
+    texts = [[[random.randrange(20) for _ in range(n)] for n in random.choices(range(3, 12), k=ROWS)] for _ in range(STEPS)]
+    with sickbay.watch(out=tmp_path / "run"):
+        model = Translator()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for rows in texts:
+            source = filled([row if own else [*row, END] for row in rows], END)
+            ids = filled([[*row[: 4 + index % 3], END] for index, row in enumerate([[*row, *row] for row in rows])], END, 7)
+            loss = F.cross_entropy(model(source, ids).flatten(0, 1), F.pad(ignoring(ids[:, 1:], END), (0, 1), value=-100).flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    told = [r for r in load_chart(tmp_path / "run")["eos_targets"] if "longest row" in r.note["known_by"]]
+    assert len(told) == (not own)

@@ -86,3 +86,31 @@ class WrongWayRound(Reader):
 def test_a_mask_the_wrong_way_round_sees_padding_only() -> None:
     torch.manual_seed(0)
     assert classified(WrongWayRound(False))["padding_influence"] > 100
+
+
+class Masked(nn.Module):
+    """A convolution, then attention that masks padding, whose rows in the table are zeros or not."""
+
+    def __init__(self, empty: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(40, 16, padding_idx=0)
+        self.near = nn.Conv1d(16, 16, 3, padding=1)
+        self.far = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.leave = nn.Linear(16, 3)
+        if not empty:
+            nn.init.normal_(self.tokens.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        pad = ids == 0
+        x = self.tokens(ids)
+        x = self.far(x + self.near(x.mT).mT, src_key_padding_mask=pad)
+        return self.leave(x.masked_fill(pad[..., None], 0).sum(1) / (~pad).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_place_that_is_looked_up_as_zeros_is_no_padding_to_attend_to(empty: bool) -> None:
+    torch.manual_seed(0)
+    found = classified(Masked(empty))
+    cut = found.note("padding_influence").get("cut")
+    assert found["padding_influence"] > 0.001
+    assert (cut is not None and cut < 1e-4) is empty

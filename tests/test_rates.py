@@ -37,6 +37,7 @@ CURVES: list[tuple[Callable[[int], float], Plan]] = [
     (lambda step: max(0.0, 1 - step / 150), Plan("decay", 150, 0)),
     (cosine(200), Plan("decay", 200, 0)),
     (warm(20, lambda step: cosine(180)(min(step, 180))), Plan("decay", 200, 19)),
+    (lambda step: min(1.0, (step + 1) / 15) * cosine(120)(step), Plan("decay", 120, 14)),  # at 240 it is higher than after the warm-up
     (lambda step: 1.0, Plan("constant", None, 0)),
     (lambda step: min(1.0, step / 50), Plan("constant", None, 50)),
     (lambda step: 0.95**step, Plan("decay", None, 0)),

@@ -29,6 +29,27 @@ def writer(tmp_path: Path) -> Iterator[RecordWriter]:
     made.close()
 
 
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_plain_step_is_its_readings_and_its_end(tmp_path: Path, tail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it goes to the tail or, where there is none, to the file; first without numbers for its places, then with them."""
+    if not tail:
+        monkeypatch.setattr("sickbay.core.tail.Tail.keep", lambda *_: False)
+    monkeypatch.setattr(record, "COMMIT_SECONDS", 60.0)
+    plain, full = RecordWriter(tmp_path / "plain"), RecordWriter(tmp_path / "full")
+    for step in range(6):
+        readings = [("loss", 2.0 + step, "train.py:7"), ("grad_norm", 0.5, ""), ("learning_rate", 1e-3, "train.py:3")]
+        plain.plain_step(readings)
+        for name, value, source in readings:
+            full.read(name, value, source=source)
+        full.end_step()
+        assert load_chart(plain.folder).last_step == step  # while it is being written, as after a kill
+    assert plain.step == full.step == 6
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert rows_of(load_chart(plain.folder), name) == rows_of(load_chart(full.folder), name)
+    plain.close()
+    full.close()
+
+
 def disk_use(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 

@@ -183,7 +183,7 @@ class Parameters:
         pairs = _named_by_model(root, pairs)
         if not pairs:
             return
-        declaring = {place: text for place, text in _declarations(root)}
+        declaring = dict(_declarations(root))
         declared = next((text for place, text in declaring.items() if any(_inside(place, a, b) for a, _, b, _ in pairs)), "")
         shared = [(a, b) for a, e, b, h in pairs if e.data_ptr() == h.data_ptr()]
         note: dict[str, Any] = {

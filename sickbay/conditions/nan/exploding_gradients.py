@@ -78,10 +78,9 @@ def _onset(norms: list[Reading]) -> tuple[Reading | None, float]:
     Each backward's line has a history of its own: a second training, of other weights on another task, begins anew.
     """
     lines = dict.fromkeys(reading.source for reading in norms)
-    rises = [_rise([reading for reading in norms if reading.source == line]) for line in lines]
-    return min(
-        ((start, baseline) for start, baseline in rises if start is not None), key=lambda rise: rise[0].step, default=(None, math.nan)
-    )
+    rises = (_rise([reading for reading in norms if reading.source == line]) for line in lines)
+    begun = [(start, baseline) for start, baseline in rises if start is not None]
+    return min(begun, key=lambda rise: rise[0].step, default=(None, math.nan))
 
 
 def _rise(norms: list[Reading]) -> tuple[Reading | None, float]:
