@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sickbay
 from sickbay.exams.anatomy import Anatomy
 from sickbay.exams.structure import examine, examine_function
 from sickbay.patient import Patient
@@ -192,3 +194,18 @@ def test_weights_used_through_casts_and_turns_are_found() -> None:
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     anatomy = Anatomy(torch.einsum("btd,ed->bte", x, weight.double()).sum())
     assert [found.tensor is weight for found in anatomy.weights] == [True]
+
+
+def test_a_second_training_is_looked_at_from_its_first_step(tmp_path: Path) -> None:
+    """Its optimizer is a new one; what the first loss of the run was is not asked again."""
+    first, second = nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 4), nn.Softmax(-1))
+    with sickbay.watch(out=tmp_path / "run") as doctor:
+        for model, steps in ((first, 9), (second, 3)):
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+            for _ in range(steps):
+                F.cross_entropy(model(torch.randn(8, 6)), torch.randint(4, (8,))).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    floors = {reading.step: reading.value for reading in doctor.chart()["loss_floor"]}
+    assert floors[0] == 0 and floors[9] > 0.3
+    assert [reading.step for reading in doctor.chart()["initial_loss"]] == [0]

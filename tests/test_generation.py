@@ -16,6 +16,8 @@ from verdicts import ask, found, read, unexamined
 import sickbay
 from sickbay.core.diagnosis import Diagnosis
 from sickbay.core.repetition import distinct_share, longest_loop, repeated_shares, repetition
+from sickbay.exams.generation_path import Form
+from sickbay.patient import ForwardCall
 from sickbay.probes.generation import without_padding
 from sickbay.probes.tracks import Sampling, Track
 
@@ -285,3 +287,32 @@ def test_a_gap_within_half_precision_is_none() -> None:
     assert "cache" in found("generation-path-mismatch", gap(0.1, False), "critical").summary
     found("generation-path-mismatch", gap(0.1, False, kl=1e-5), "warning")  # another function, but no other text
     assert "finite" in unexamined("generation-path-mismatch", gap(float("nan"), False))
+
+
+class Masking(nn.Module):
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("time_first", [False, True])
+def test_the_training_form_of_a_generated_row_masks_none_of_it(rows: int, time_first: bool) -> None:
+    """However many rows training has beside its 12 positions, and whatever padding these had."""
+    ids = torch.randint(50, 90, (12, rows) if time_first else (rows, 12))
+    mask = torch.ones(rows, 12, dtype=torch.long)
+    mask[0, 4:] = 0
+    form = Form.of(ForwardCall(Masking(), (ids, mask), {}, True, True, torch.get_rng_state(), "", finished=True))
+    assert form is not None
+    made = torch.randint(50, 90, (9, 1) if time_first else (1, 9))
+    filled = form.fill("ids", made, {}, time_first)
+    assert filled["ids"] is made and torch.equal(filled["mask"], torch.ones(1, 9, dtype=torch.long))
+    with pytest.raises(LookupError, match="longer than the 12"):
+        form.fill("ids", torch.randint(50, 90, (13, 1) if time_first else (1, 13)), {}, time_first)
+
+
+def test_as_many_rows_as_positions_leave_a_mask_unexplained() -> None:
+    ids, mask = torch.randint(50, 90, (12, 12)), torch.ones(12, 12).tril()
+    form = Form.of(ForwardCall(Masking(), (ids, mask), {}, True, True, torch.get_rng_state(), "", finished=True))
+    assert form is not None
+    with pytest.raises(LookupError, match="as many rows as positions"):
+        form.fill("ids", ids[:1, :9], {}, False)

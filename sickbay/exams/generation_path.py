@@ -6,6 +6,7 @@ cache, the positions, the padding or the whole path is another function.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,11 +38,11 @@ _ENDED = "the weights that generate are no module's that was trained"
 
 @dataclass
 class Form:
-    """How training calls its module: `inputs` are token ids `(.., length)`, `targets` further integers of that shape, `masks` small
+    """How training calls its module: `inputs` are token ids of `shape`, `targets` further integers of that shape, `masks` small
     tensors whose axes are as long, `plain` everything that is no tensor. `strange`: an argument that cannot be made up again.
     """
 
-    length: int = 0
+    shape: tuple[int, ...] = ()
     inputs: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -56,7 +57,7 @@ class Form:
             return None
         names = [name for name in ids if name not in _TARGETS] or list(ids)
         shape = ids[names[0]].shape
-        form = cls(length=max(shape))
+        form = cls(tuple(shape))
         for name, value in arguments(call).items():
             if name in ids:
                 same = ids[name].shape == shape and name != names[0]
@@ -71,16 +72,15 @@ class Form:
                 form.strange.append(name)
         return form
 
-    def fill(self, name: str, ids: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    def fill(self, name: str, ids: Tensor, given: dict[str, Any], time_first: bool) -> dict[str, Any]:
         """The arguments of the training forward for `ids` as the input `name`; what else it needs comes from the generating call `given`.
 
-        Raises LookupError for an argument that cannot be made up.
+        `time_first`: ids are `(T, B)`. Raises LookupError for an argument that cannot be made up.
         """
         if name not in (*self.inputs, *self.targets) or self.strange:
             raise LookupError(
                 f"the training forward takes {', '.join(self.strange) or 'other inputs'}, which the generating loop does not give"
             )
-        length = max(ids.shape)
         filled: dict[str, Any] = {**self.plain, name: ids}
         for other in (*self.inputs, *self.targets):
             if other == name:
@@ -92,23 +92,26 @@ class Form:
             else:
                 raise LookupError(f"the training forward takes {other}, which the generating loop does not give")
         for mask, example in self.masks.items():
-            filled[mask] = self._mask(example, length, ids)
+            filled[mask] = self._mask(example, ids, 0 if time_first else -1)
         return filled
 
-    def _mask(self, example: Tensor, length: int, ids: Tensor) -> Tensor:
-        """`example` for `length` positions. Raises LookupError where it has fewer, or says more than which positions there are."""
-        if length > self.length:
-            raise LookupError(f"the sequence is longer than the {self.length} tokens of training")
-        places = tuple(slice(0, length) if size == self.length else slice(None) for size in example.shape)
-        if example.shape == (example.shape[0], self.length) and example.dim() == 2 and example.shape[0] != self.length:
-            if bool((example[:1] == example).all()) and len(example):
-                return example[:1, :length].expand(len(ids), length)
-            if bool((example == example.bool()).all()):
-                return torch.ones(len(ids), length, dtype=example.dtype)
-            raise LookupError("the training forward takes numbers per position that differ from row to row")
-        if not any(size == self.length for size in example.shape):
+    def _mask(self, example: Tensor, ids: Tensor, axis: int) -> Tensor:
+        """`example` for the positions of `ids`. Raises LookupError where it has fewer, or says more than which positions there are."""
+        length, trained = ids.shape[axis], self.shape[axis]
+        if length > trained:
+            raise LookupError(f"the sequence is longer than the {trained} tokens of training")
+        rows = ids.numel() // length
+        if trained not in example.shape:
             raise LookupError("the training forward takes a tensor that is none of its positions")
-        return example[places]
+        if example.dim() == 2 and example.shape == self.shape == self.shape[::-1]:
+            raise LookupError("training has as many rows as positions, so a tensor of both may be either's")
+        if example.dim() == 2 and example.shape[1] == trained != example.shape[0]:
+            if bool((example[:1] == example).all()) and len(example):
+                return example[:1, :length].expand(rows, length)
+            if bool((example == example.bool()).all()):
+                return torch.ones(rows, length, dtype=example.dtype)
+            raise LookupError("the training forward takes numbers per position that differ from row to row")
+        return example[tuple(slice(0, length) if size == trained else slice(None) for size in example.shape)]
 
 
 class GenerationPath:
@@ -127,7 +130,7 @@ class GenerationPath:
             module = bare(call.module)
             looks = self._looks[module] = self._looks.get(module, 0) + 1
             form = Form.of(call) if looks <= _LOOKS else None
-            if form is not None and form.length >= (self.forms[module].length if module in self.forms else 0):
+            if form is not None and math.prod(form.shape) >= (math.prod(self.forms[module].shape) if module in self.forms else 0):
                 self.forms[module] = form
 
     def generating(self, track: Track, call: ForwardCall) -> None:
@@ -233,7 +236,7 @@ class _Again:
         self._same = bare(call.module) is trained
 
     def __call__(self, ids: Tensor, position: int) -> Tensor | None:
-        filled = self._form.fill(self._name, ids, self._given if self._same else {})
+        filled = self._form.fill(self._name, ids, self._given if self._same else {}, self._track.time_first)
         self._trained.train(self._call.module.training)
         known = forward_parameters(self._trained)
         with torch.no_grad(), autocast_of(self._call):
