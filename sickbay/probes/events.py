@@ -157,12 +157,11 @@ class Events:
 
     def tell_slept(self, nap: Nap) -> None:
         """Tell the listeners of "slept", which is `emit` at a fraction of its cost."""
-        for probe, listener in self._listeners.get("slept", ()):
+        for probe, listener in tuple(self._listeners.get("slept", ())):
             try:
                 listener(nap)
             except Exception as problem:
                 self.drop(probe, "slept", problem)
-                break  # the listeners have changed
 
     def wake(self) -> None:
         """The step in progress is slept through no longer: what was known of it is told, and its remaining events will be."""

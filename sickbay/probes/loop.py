@@ -132,7 +132,7 @@ class Loop(Events):
         return self.nap if self.nap is not None and threading.get_ident() == self._thread and not self.patient.muted else None
 
     def _end_nap(self, nap: naps.Nap) -> None:
-        """All that happens here comes out of cold caches, and costs several times what its length suggests."""
+        """A step slept through is over. What is called here comes out of cold caches, and costs several times what its length suggests."""
         began = time.perf_counter()
         self.nap = None
         try:
