@@ -1,4 +1,5 @@
 """Supervised fine-tuning of a small Qwen2 on instruction / answer pairs (word tools)."""
+import argparse
 import random
 import string
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ set_seed(11)
 
 
 class CharTokenizer:
-    def __init__(self):
+    def __init__(self, pad):
         self.specials = ["<pad>", "<|im_start|>", "<|im_sep|>", "<|endoftext|>"]
         self.chars = list(string.ascii_letters + " :")
         self.stoi = {c: i for i, c in enumerate(self.specials + self.chars)}
         self.itos = {i: c for c, i in self.stoi.items()}
         self.bos_id, self.sep_id, self.eos_id = 1, 2, 3
-        self.pad_id = self.eos_id
+        self.pad_id = self.specials.index(pad)
 
     def __len__(self):
         return len(self.stoi)
@@ -80,8 +81,11 @@ def exact_match(model, tok, rows):
 
 
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pad", default="<pad>", help="the special token rows are filled with")
+    args = parser.parse_args()
     rng = random.Random(3)
-    tok = CharTokenizer()
+    tok = CharTokenizer(args.pad)
     raw = [make_example(rng) for _ in range(9000)]
     train = [tokenize(r, tok) for r in raw]
     held = [make_example(rng) for _ in range(24)]
